@@ -1,0 +1,30 @@
+"""InternLM2, whole: checkpoints, tokenizer, network, inference and tools under one roof.
+
+Names load on first use, so `import internlm2` costs nothing and `internlm2 --help` never imports torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internlm2.checkpoint.load import load_model
+    from internlm2.engine.generate import generate
+    from internlm2.engine.sampling import SamplingParams
+    from internlm2.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Tokenizer": "internlm2.tokenizer",
+    "load_model": "internlm2.checkpoint.load",
+    "generate": "internlm2.engine.generate",
+    "SamplingParams": "internlm2.engine.sampling",
+}
+
+__all__ = ["SamplingParams", "Tokenizer", "__version__", "generate", "load_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'internlm2' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

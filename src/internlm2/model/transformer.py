@@ -1,0 +1,52 @@
+"""The trunk: embedding, decoder layers, final norm. Parameters carry the checkpoint's own names.
+
+It knows nothing of caches, masks, devices or parallelism: positions come in as angles, attention as a
+callable (see `attention.py`), and whoever needs more wraps it from outside.
+"""
+
+import torch
+from torch import nn
+
+from internlm2.model.attention import Attend
+from internlm2.model.config import ModelConfig
+from internlm2.model.layers import DecoderLayer, RMSNorm
+from internlm2.model.rope import Rotary
+
+
+class Transformer(nn.Module):
+    """Token embeddings or ids in, final-norm hidden states out.
+
+    layer_class: a subclass of DecoderLayer, for those who wrap layers (gradient checkpointing in transformers).
+    """
+
+    def __init__(self, config: ModelConfig, *, layer_class: type[DecoderLayer] = DecoderLayer) -> None:
+        super().__init__()
+        self.config = config
+        # NOTE: no padding_idx: pad is eos (2), and the official `padding_idx=2` keeps </s> from being trained.
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeddings: torch.Tensor, angles: Rotary, attend: Attend) -> torch.Tensor:
+        """embeddings: (B, T, C) from `tok_embeddings` -> hidden states (B, T, C) after the final norm."""
+        hidden = embeddings
+        for layer in self.layers:
+            hidden = layer(hidden, angles, attend)
+        return self.norm(hidden)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every weight as the official code does: normal(0, initializer_range), norms one, biases zero."""
+        init_weights(self, self.config.initializer_range, generator)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Normal(0, std) for linears and embeddings, zero biases, unit norms; for `module` and all below it."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear | nn.Embedding):
+            child.weight.normal_(0.0, std, generator=generator)
+            if isinstance(child, nn.Linear) and child.bias is not None:
+                child.bias.zero_()
+        elif isinstance(child, RMSNorm):
+            child.weight.fill_(1.0)
