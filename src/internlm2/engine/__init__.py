@@ -1,0 +1,1 @@
+"""Inference: sampling, caches, the generation loop, and models that take text."""

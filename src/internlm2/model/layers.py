@@ -1,5 +1,7 @@
 """RMSNorm (arXiv 1910.07467), SwiGLU (arXiv 2002.05202) and the pre-norm decoder layer that joins them."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,12 +41,17 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on the normalised stream and added back to it."""
+    """Attention and feed-forward, each on the normalised stream and added back to it.
+
+    attention_class: what a subclass puts in the place of `Attention` (same weights, same forward).
+    """
+
+    attention_class: ClassVar[type[Attention]] = Attention
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = self.attention_class(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config)
 

@@ -4,6 +4,8 @@ It knows nothing of caches, masks, devices or parallelism: positions come in as 
 callable (see `attention.py`), and whoever needs more wraps it from outside.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 
@@ -29,15 +31,33 @@ class Transformer(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, angles: Rotary, attend: Attend) -> torch.Tensor:
         """embeddings: (B, T, C) from `tok_embeddings` -> hidden states (B, T, C) after the final norm."""
-        hidden = embeddings
-        for layer in self.layers:
-            hidden = layer(hidden, angles, attend)
-        return self.norm(hidden)
+        return run_layers(self.layers, self.norm, embeddings, angles, attend)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw every weight as the official code does: normal(0, initializer_range), norms one, biases zero."""
         init_weights(self, self.config.initializer_range, generator)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    norm: nn.Module,
+    embeddings: torch.Tensor,
+    angles: Rotary,
+    attend: Attend,
+    *,
+    observe: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """The forward pass of the trunk, for those who hold its parts themselves (the transformers integration).
+
+    observe: told the input of every layer, (B, T, C). Returns the states (B, T, C) after the final norm.
+    """
+    hidden = embeddings
+    for layer in layers:
+        if observe is not None:
+            observe(hidden)
+        hidden = layer(hidden, angles, attend)
+    return norm(hidden)
 
 
 @torch.no_grad()

@@ -1,0 +1,82 @@
+"""Load any checkpoint as a torch module: build on the meta device, then take the tensors in one by one.
+
+Peak memory is the weights plus one tensor. Where dtype and device allow, a weight stays a private view of the
+mapped file, so loading costs no copy at all.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from internlm2.checkpoint import memory
+from internlm2.checkpoint.open import open_checkpoint
+from internlm2.checkpoint.resolve import resolve_model
+from internlm2.checkpoint.source import Checkpoint, check_complete, expected_shapes, parameters, parse_dtype
+from internlm2.errors import CheckpointError, RequestError
+from internlm2.log import progress
+from internlm2.model.heads import Model, RopeMode, build_model
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    rope_mode: RopeMode = "stateless",
+) -> Model:
+    """Load the model at `path` with the head that its config.json names.
+
+    path: a local folder or GGUF file, a Hugging Face id, or "demo". dtype: "float32", "bfloat16", "float16" or
+    "auto" (as the files). rope_mode: see `internlm2.model.heads.Model`. Returns a torch.nn.Module in eval mode:
+    `model(input_ids)` gives logits (B, T, V) float32.
+    Raises CheckpointError, ConfigError, DownloadError, MemoryBudgetError.
+    """
+    return load_checkpoint(
+        open_checkpoint(resolve_model(path)), dtype=dtype, device=device, rope_mode=rope_mode
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", rope_mode: RopeMode = "stateless"
+) -> Model:
+    """As `load_model`, from a checkpoint that is open already."""
+    check_complete(checkpoint)
+    target_device = parse_device(device)
+    target = file_dtype(checkpoint) if dtype == "auto" else parse_dtype(dtype)
+    needed_bytes = memory.count_parameters(expected_shapes(checkpoint.config)).total * target.itemsize
+    memory.check_fits(needed_bytes, device=target_device, what=f"{checkpoint.path} in {dtype}")
+    with torch.device("meta"):
+        model = build_model(checkpoint.config, rope_mode=rope_mode)
+    with progress("Loading weights", total=needed_bytes / 1e6) as bar:
+        for name, _ in parameters(checkpoint):
+            tensor = checkpoint.read(name).to(device=target_device, dtype=target)
+            module_name, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor))
+            bar.advance(tensor.numel() * target.itemsize / 1e6)
+    return model.eval()
+
+
+def file_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which the files hold the embedding."""
+    return checkpoint.tensors["model.tok_embeddings.weight"].dtype
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device that exists here. Raises RequestError otherwise."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"device is {name!r}, but must be 'cpu', 'cuda' or 'cuda:N'.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device is {name!r}, but torch finds no NVIDIA GPU here. Use 'cpu'.")
+    return device
+
+
+def require_head(model: Model, expected: type[Model], *, use: str) -> None:
+    """Raise CheckpointError when a loaded model has another head than `use` needs."""
+    if not isinstance(model, expected):
+        raise CheckpointError(
+            f"This checkpoint has a {model.config.head} head, but {use} needs {expected.__name__}. "
+            "Give a folder of that kind."
+        )

@@ -1,0 +1,66 @@
+"""How much memory there is, and how much a model needs: asked before loading, not found out by being killed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from internlm2.errors import MemoryBudgetError
+from internlm2.model.config import ModelConfig
+
+GIB = 1 << 30
+
+
+def available_bytes(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Memory that a process may still take: free and reclaimable RAM plus swap, within the container's limit.
+
+    None where the system does not tell (macOS, Windows).
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = sum(int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or "max"
+        return available
+    return min(available, limit - used)
+
+
+def check_fits(needed_bytes: int, *, device: torch.device, what: str) -> None:
+    """Raise MemoryBudgetError when `needed_bytes` for `what` exceed what the device has left."""
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        available = available_bytes()
+    else:
+        available = None
+    if available is not None and needed_bytes > available:
+        raise MemoryBudgetError(
+            f"{what} needs {needed_bytes / GIB:.1f} GiB, but {device} has {available / GIB:.1f} GiB left. "
+            "Close other programs, choose a smaller dtype or a smaller model."
+        )
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """total: all parameters. embedding: those of tok_embeddings, which decoding does not read in full."""
+
+    total: int
+    embedding: int
+
+
+def count_parameters(shapes: dict[str, tuple[int, ...]]) -> ParameterCount:
+    """Count the parameters in `source.expected_shapes(config)`."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    return ParameterCount(sum(sizes.values()), sizes["model.tok_embeddings.weight"])
+
+
+def kv_cache_bytes(config: ModelConfig, num_tokens: int, *, bytes_per_value: int = 2) -> int:
+    """Keys and values of one sequence: 2 x layers x K x D x tokens x bytes."""
+    values_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return values_per_token * num_tokens * bytes_per_value

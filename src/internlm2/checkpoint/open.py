@@ -1,0 +1,43 @@
+"""Any path -> an opened checkpoint: the format is told from what lies there, never from a guess by name."""
+
+from pathlib import Path
+
+from internlm2.checkpoint.config_json import CONFIG_FILE, is_llama, read_json
+from internlm2.checkpoint.gguf_read import GGUFCheckpoint
+from internlm2.checkpoint.internevo import InternEvoCheckpoint
+from internlm2.checkpoint.llama import LlamaCheckpoint
+from internlm2.checkpoint.official import OfficialCheckpoint
+from internlm2.checkpoint.source import Checkpoint
+from internlm2.errors import CheckpointError
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open an official folder, a Llama-layout folder, a GGUF file or folder, or InternEvo training shards.
+
+    Reads headers only. Raises CheckpointError when nothing there is a model.
+    """
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(
+                f"{path} is a file, but not a GGUF. Give the folder that holds config.json and the weights."
+            )
+        return GGUFCheckpoint(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist. Check the path, or give a Hugging Face id.")
+    if (path / CONFIG_FILE).exists():
+        if is_llama(read_json(path / CONFIG_FILE)):
+            return LlamaCheckpoint(path)
+        return OfficialCheckpoint(path)
+    if (path / "model_config.pt").exists():
+        return InternEvoCheckpoint(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{path} has {len(files)} GGUF files: {', '.join(f.name for f in files[:6])}. Give the path of one."
+        )
+    if files:
+        return GGUFCheckpoint(files[0])
+    raise CheckpointError(
+        f"{path} has no {CONFIG_FILE}, so it is not a model folder. Give the folder that holds config.json and "
+        "the weights, a GGUF file, or InternEvo shards with model_config.pt."
+    )

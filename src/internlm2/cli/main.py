@@ -1,0 +1,63 @@
+"""`internlm2`: the words that the user types. Commands load when called, so that `--help` is quick.
+
+Exit codes: 0 done, 1 our bug (with a traceback), 2 something the user can mend, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from internlm2 import __version__, log
+from internlm2.errors import InternLM2Error
+
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+
+app = App(
+    name="internlm2",
+    help="Run, convert and examine InternLM2 and InternLM2.5 models. "
+    "A MODEL is a folder, a GGUF file, a Hugging Face id, or `demo`.",
+    version=f"internlm2 {__version__}",
+    help_epilogue="Examples:\n\n  internlm2 chat demo\n\n  internlm2 generate demo 'The capital of France is'\n\n"
+    "  internlm2 doctor path/to/internlm2-chat-7b",
+)
+app.command("internlm2.cli.chat:chat", help="Talk to a model.")
+app.command("internlm2.cli.generate:generate", help="Complete a prompt, or answer one message.")
+app.command("internlm2.cli.doctor:doctor", help="Examine your installation and a model folder.")
+model_app = App(name="model", help="Download, examine, convert and export models.", help_epilogue="")
+model_app.command("internlm2.cli.model:download", help="Fetch a model, continuing an earlier try.")
+model_app.command("internlm2.cli.model:info", help="Sizes, parameters and memory of a model.")
+model_app.command("internlm2.cli.model:convert", help="Any format to an official InternLM2 folder.")
+model_app.command("internlm2.cli.model:export", help="A model to another format: llama, gguf, internevo.")
+app.command(model_app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    log.configure(verbosity=1 if os.environ.get("INTERNLM2_DEBUG") else 0)
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """As `main`, but returns the exit code."""
+    try:
+        result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        sys.stdout.flush()
+    except CycloptsError:
+        return USER_ERROR  # cyclopts has printed what is wrong and what is known
+    except InternLM2Error as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; a second complaint at exit would only be noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Flags that several commands share, and how a TOML file and the command line become one configuration.
+
+The file is read first, a flag on the command line wins, and what neither says keeps its default.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from internlm2.engine.llm import LLM
+    from internlm2.engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What `generate` and `chat` need to know; the keys of a `--config` file."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    max_model_len: int | None = None
+    max_tokens: int = 1024
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.8
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """The same, as flags; None means: not given."""
+
+    config: Annotated[Path | None, Parameter(help="TOML file with any of these options.")] = None
+    dtype: Annotated[
+        str | None, Parameter(help="float32, bfloat16, float16; auto: bfloat16, or float32 on old CPUs.")
+    ] = None
+    device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:N; auto: a GPU when there is one.")] = None
+    threads: Annotated[int | None, Parameter(help="CPU threads; 0: as torch chooses.")] = None
+    max_model_len: Annotated[int | None, Parameter(help="Longest prompt plus answer, in tokens.")] = None
+    max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None
+    temperature: Annotated[float | None, Parameter(help="Randomness; 0 always takes the best token [0.8].")] = None
+    top_k: Annotated[int | None, Parameter(help="Choose among so many best tokens; 0: all.")] = None
+    top_p: Annotated[float | None, Parameter(help="Choose within this probability mass [0.8].")] = None
+    min_p: Annotated[float | None, Parameter(help="Drop tokens less likely than this share of the best.")] = None
+    repetition_penalty: Annotated[float | None, Parameter(help="Above 1: repeat less.")] = None
+    seed: Annotated[int | None, Parameter(help="Same seed, same answer.")] = None
+    stop: Annotated[
+        tuple[str, ...] | None,
+        Parameter(help="End the answer at this text; may be given several times.", negative=()),
+    ] = None
+
+
+def resolve(flags: RunFlags | None) -> RunConfig:
+    """One configuration from file and flags. Raises ConfigError for unknown keys and wrong types."""
+    from internlm2.config import from_dict, load_toml
+
+    given = {key: value for key, value in asdict(flags or RunFlags()).items() if value is not None}
+    path = given.pop("config", None)
+    if path is not None:
+        return load_toml(RunConfig, path, overrides=given)
+    return from_dict(RunConfig, given, where="command line")
+
+
+def sampling(config: RunConfig) -> "SamplingParams":
+    """The sampling part. Raises RequestError for values outside their range."""
+    from internlm2.engine.sampling import SamplingParams
+
+    return SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
+        stop=config.stop,
+    )
+
+
+def load_llm(model: str, config: RunConfig) -> "LLM":
+    """Load the model on the device and in the dtype that the configuration asks for."""
+    import torch
+
+    from internlm2.engine.llm import LLM
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device, dtype = config.device, config.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        # NOTE: without AVX512-BF16 or AMX, torch converts bfloat16 on the fly and float32 is faster.
+        is_old_cpu = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+        dtype = "float32" if is_old_cpu else "bfloat16"
+    return LLM(model, dtype=dtype, device=device, max_model_len=config.max_model_len)
+
+
+def with_defaults(flags: RunFlags | None, **defaults: object) -> RunFlags:
+    """Flags in which what was not given takes a command's own default."""
+    flags = flags or RunFlags()
+    return replace(flags, **{k: v for k, v in defaults.items() if getattr(flags, k) is None})

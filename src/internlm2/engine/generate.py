@@ -1,0 +1,174 @@
+"""The plain generation loop: ids in, ids out; one prompt streamed, or many decoded side by side.
+
+Each sequence has one rotary base, fixed by its own length limit when it starts (design: dynamic NTK without
+state). Prompts enter in chunks, so memory grows with the prompt and not with its square.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from internlm2.checkpoint import memory
+from internlm2.engine.cache import CacheAttend, DenseCache
+from internlm2.engine.sampling import Sampler, SamplingParams
+from internlm2.errors import RequestError
+from internlm2.model.heads import CausalLM
+
+PREFILL_CHUNK_TOKENS = 512
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """token_ids: the new tokens, without the one that ended them. finish_reason: "stop" or "length"."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of one prompt. row: which prompt. finish_reason: None while it goes on.
+
+    A stop token is reported with its reason, so that callers can count it; it is not part of the answer.
+    """
+
+    row: int
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    stop_ids: frozenset[int] = frozenset(),
+) -> list[Completion]:
+    """Complete each prompt of ids; results in prompt order.
+
+    stop_ids: the model's own end tokens, ignored under `params.ignore_eos`. Raises RequestError for an empty
+    prompt or ids outside the vocabulary, MemoryBudgetError when the keys and values cannot fit.
+    """
+    tokens: list[list[int]] = [[] for _ in prompts]
+    reasons: list[FinishReason] = ["length"] * len(prompts)
+    for step in stream(model, prompts, params, stop_ids=stop_ids):
+        if step.finish_reason != "stop":
+            tokens[step.row].append(step.token_id)
+        if step.finish_reason is not None:
+            reasons[step.row] = step.finish_reason
+    return [Completion(*pair) for pair in zip(tokens, reasons, strict=True)]
+
+
+@torch.inference_mode()
+def stream(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[Step]:
+    """As `generate`, token by token: one `Step` for each unfinished prompt, in prompt order, round by round."""
+    check_prompts(prompts, vocab_size=model.config.vocab_size)
+    if not prompts:
+        return
+    stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else stop_ids)
+    device = model.model.tok_embeddings.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    limits = lengths + params.max_tokens
+    cache = _new_cache(model, num_rows=len(prompts), capacity=int(limits.max()))
+    samplers = [Sampler(params, p, vocab_size=model.config.vocab_size) for p in prompts]
+    rows = list(range(len(prompts)))  # cache row -> prompt
+    logits = torch.cat([prefill(model, cache, p, limits[i], row=i) for i, p in enumerate(prompts)])  # (B, V)
+    for num_done in range(1, params.max_tokens + 1):
+        alive: list[int] = []
+        chosen: list[int] = []
+        for i, row in enumerate(rows):
+            if num_done <= params.min_tokens and stops:
+                logits[i, list(stops)] = -torch.inf
+            token = samplers[row].next_token(logits[i])
+            reason = "stop" if token in stops else "length" if num_done == params.max_tokens else None
+            yield Step(row, token, reason)
+            if reason is None:
+                alive.append(i)
+                chosen.append(token)
+        if not alive:
+            return
+        if len(alive) < len(rows):
+            kept = torch.tensor(alive, device=device)
+            cache.keep_rows(kept)
+            rows, lengths, limits = [rows[i] for i in alive], lengths[kept], limits[kept]
+        logits = decode(model, cache, torch.tensor(chosen, device=device), lengths, limits)
+        lengths = lengths + 1
+
+
+def prefill(
+    model: CausalLM,
+    cache: DenseCache,
+    prompt: Sequence[int],
+    limit: torch.Tensor,
+    *,
+    row: int = 0,
+    start: int = 0,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> torch.Tensor:
+    """Run a prompt into cache row `row`, whose first `start` tokens are there already; chunk by chunk.
+
+    limit: scalar int64, how long this sequence may become. Returns logits of the last position (1, V).
+    """
+    device = limit.device
+    ids = torch.tensor(prompt, device=device)[None]  # (1, T)
+    rope_limit = limit if model.rope_mode == "stateless" else torch.tensor(len(prompt), device=device)
+    hidden = torch.empty(0)
+    for first in range(start, len(prompt), chunk_tokens):
+        chunk = ids[:, first : first + chunk_tokens]
+        positions = torch.arange(first, first + chunk.shape[1], device=device)[None]
+        hidden = model.hidden_states(
+            chunk,
+            position_ids=positions,
+            length_limits=rope_limit[None],
+            attend=CacheAttend(cache, positions, first_row=row),
+        )
+    return model.logits(hidden[:, -1:])[:, 0]
+
+
+def decode(
+    model: CausalLM, cache: DenseCache, tokens: torch.Tensor, lengths: torch.Tensor, limits: torch.Tensor
+) -> torch.Tensor:
+    """One token more for every row. tokens, lengths (before this token), limits: (B,) int64 -> logits (B, V)."""
+    positions = lengths[:, None]  # (B, 1)
+    logits = model(
+        tokens[:, None],
+        position_ids=positions,
+        length_limits=limits if model.rope_mode == "stateless" else lengths + 1,
+        attend=CacheAttend(cache, positions),
+    )
+    return logits[:, 0]
+
+
+def _new_cache(model: CausalLM, *, num_rows: int, capacity: int) -> DenseCache:
+    weight = model.model.tok_embeddings.weight
+    memory.check_fits(
+        num_rows * memory.kv_cache_bytes(model.config, capacity, bytes_per_value=weight.dtype.itemsize),
+        device=weight.device,
+        what=f"The key/value cache of {num_rows} x {capacity} tokens",
+    )
+    return DenseCache(
+        model.config, num_rows=num_rows, capacity=capacity, dtype=weight.dtype, device=weight.device
+    )
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
+    """Raise RequestError for an empty prompt or an id that the embedding does not have."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise RequestError(f"Prompt {number} is empty. Give at least one token, such as BOS.")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            bad = next(i for i in prompt if not 0 <= i < vocab_size)
+            raise RequestError(
+                f"Prompt {number} has token id {bad}, but the embedding has {vocab_size} rows. "
+                "The tokenizer belongs to another model."
+            )

@@ -1,0 +1,32 @@
+"""Paths and models that many tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DATA = Path(__file__).parent / "data"
+LANGUAGE_GOLDENS = ["gqa", "mha", "mqa-bias", "six-groups", "linear", "dynamic-ntk", "dynamic-ntk-factor3"]
+GENERATE_GOLDENS = ["gqa", "mha", "mqa-bias", "six-groups"]
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    """The cores are shared; more threads than cores make OpenMP collapse."""
+    torch.set_num_threads(2)
+
+
+def golden_folder(name: str) -> Path:
+    return DATA / "model" / name
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return load_file(golden_folder(name) / "golden.safetensors")
+
+
+def forwards(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The `forward.N` cases of a golden file."""
+    return [
+        n.removesuffix(".input_ids") for n in tensors if n.startswith("forward.") and n.endswith(".input_ids")
+    ]
