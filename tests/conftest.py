@@ -30,3 +30,19 @@ def forwards(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [
         n.removesuffix(".input_ids") for n in tensors if n.startswith("forward.") and n.endswith(".input_ids")
     ]
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory) -> Path:
+    """A tiny random chat model with a byte tokenizer. Not to be changed."""
+    from folders import write_chat_folder
+
+    return write_chat_folder(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="session")
+def official_folder(tmp_path_factory) -> Path:
+    """A tiny random chat model with the real tokenizer and the official file names. Not to be changed."""
+    from official_folder import write_official_folder
+
+    return write_official_folder(tmp_path_factory.mktemp("official") / "internlm" / "internlm2-7b")

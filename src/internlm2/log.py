@@ -42,7 +42,7 @@ class LineProgress:
             self._next_tenth = tenth + 1
             if elapsed > 2.0:
                 rate = self.done / elapsed
-                left = (self.total - self.done) / rate
+                left = max(0.0, self.total - self.done) / rate
                 logger.info(
                     "%s: %d%%, %.1f %s/s, %.0f s left", self.description, 10 * tenth, rate, self.unit, left
                 )

@@ -91,3 +91,10 @@ def test_a_cache_that_cannot_fit_is_told_before(model, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryBudgetError, match=r"The key/value cache of 1 x 10 tokens needs"):
         generate(model, [[1, 2]], SamplingParams(max_tokens=8))
+
+
+def test_rows_of_the_embedding_without_a_token_are_never_chosen(model):
+    free = generate(model, PROMPTS, SamplingParams(max_tokens=20))
+    limit = max(max(c.token_ids) for c in free)
+    found = generate(model, PROMPTS, SamplingParams(max_tokens=20), vocab_size=limit)
+    assert max(max(c.token_ids) for c in found) < limit

@@ -16,6 +16,7 @@ USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 
 app = App(
     name="internlm2",
+    suppress_keyboard_interrupt=False,  # `run` answers it
     help="Run, convert and examine InternLM2 and InternLM2.5 models. "
     "A MODEL is a folder, a GGUF file, a Hugging Face id, or `demo`.",
     version=f"internlm2 {__version__}",

@@ -4,13 +4,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internlm2 import files
 from internlm2.cli.generate import speed_per_second, stats_line
-from internlm2.config import suggest
-from internlm2.engine.llm import LLM
-from internlm2.engine.sampling import SamplingParams
 from internlm2.errors import InternLM2Error
+
+if TYPE_CHECKING:
+    from internlm2.engine.llm import LLM
+    from internlm2.engine.sampling import SamplingParams
 
 COMMANDS = {
     "/help": "show these commands",
@@ -24,7 +26,7 @@ COMMANDS = {
 class ChatSession:
     """Messages so far, and the model that answers them."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
+    def __init__(self, llm: "LLM", params: "SamplingParams", *, system: str | None = None) -> None:
         self._llm = llm
         self._params = params
         self._system = system
@@ -72,6 +74,8 @@ class ChatSession:
         elif word == "/save":
             self._save(rest)
         else:
+            from internlm2.config import suggest
+
             known = [name.split()[0] for name in COMMANDS]
             print(f"No command {word}. {suggest(word, known)}", file=sys.stderr)
         return True

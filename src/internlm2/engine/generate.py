@@ -47,15 +47,17 @@ def generate(
     params: SamplingParams,
     *,
     stop_ids: frozenset[int] = frozenset(),
+    vocab_size: int | None = None,
 ) -> list[Completion]:
     """Complete each prompt of ids; results in prompt order.
 
-    stop_ids: the model's own end tokens, ignored under `params.ignore_eos`. Raises RequestError for an empty
+    stop_ids: the model's own end tokens, ignored under `params.ignore_eos`. vocab_size: how many ids the tokenizer
+    has, where the embedding has more rows; the others are never produced. Raises RequestError for an empty
     prompt or ids outside the vocabulary, MemoryBudgetError when the keys and values cannot fit.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length"] * len(prompts)
-    for step in stream(model, prompts, params, stop_ids=stop_ids):
+    for step in stream(model, prompts, params, stop_ids=stop_ids, vocab_size=vocab_size):
         if step.finish_reason != "stop":
             tokens[step.row].append(step.token_id)
         if step.finish_reason is not None:
@@ -70,9 +72,11 @@ def stream(
     params: SamplingParams,
     *,
     stop_ids: frozenset[int] = frozenset(),
+    vocab_size: int | None = None,
 ) -> Iterator[Step]:
     """As `generate`, token by token: one `Step` for each unfinished prompt, in prompt order, round by round."""
-    check_prompts(prompts, vocab_size=model.config.vocab_size)
+    vocab_size = vocab_size or model.config.vocab_size
+    check_prompts(prompts, vocab_size=vocab_size)
     if not prompts:
         return
     stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else stop_ids)
@@ -80,7 +84,7 @@ def stream(
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     limits = lengths + params.max_tokens
     cache = _new_cache(model, num_rows=len(prompts), capacity=int(limits.max()))
-    samplers = [Sampler(params, p, vocab_size=model.config.vocab_size) for p in prompts]
+    samplers = [Sampler(params, p, vocab_size=vocab_size) for p in prompts]
     rows = list(range(len(prompts)))  # cache row -> prompt
     logits = torch.cat([prefill(model, cache, p, limits[i], row=i) for i, p in enumerate(prompts)])  # (B, V)
     for num_done in range(1, params.max_tokens + 1):

@@ -95,7 +95,11 @@ class LLM:
             return [self._collect(ids, params) for ids in encoded]
         longest = max((len(ids) for ids in encoded), default=0)
         completions = generate(
-            self.model, encoded, self._fit(params, longest), stop_ids=self.tokenizer.stop_ids
+            self.model,
+            encoded,
+            self._fit(params, longest),
+            stop_ids=self.tokenizer.stop_ids,
+            vocab_size=self.tokenizer.vocab_size,
         )
         return [self._output(ids, done) for ids, done in zip(encoded, completions, strict=True)]
 
@@ -125,7 +129,14 @@ class LLM:
         params = self._fit(params, len(ids))
         decoder = self.tokenizer.stream(skip_special=True)
         stops = StopStrings(params.stop)
-        for step in stream(self.model, [ids], params, stop_ids=self.tokenizer.stop_ids):
+        steps = stream(
+            self.model,
+            [ids],
+            params,
+            stop_ids=self.tokenizer.stop_ids,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        for step in steps:
             is_stop_token = step.finish_reason == "stop"
             token_ids = () if is_stop_token else (step.token_id,)
             text = "" if is_stop_token else stops.push(decoder.push(token_ids))

@@ -57,7 +57,10 @@ def _finite(value: float) -> bool:
 
 
 class Sampler:
-    """The sampling state of one request: what it has seen, and its own random stream."""
+    """The sampling state of one request: what it has seen, and its own random stream.
+
+    vocab_size: ids from here on are never chosen; an embedding may have more rows than the tokenizer has tokens.
+    """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], *, vocab_size: int) -> None:
         self.params = params
@@ -71,7 +74,7 @@ class Sampler:
 
     def next_token(self, logits: torch.Tensor) -> int:
         """Choose from logits (V,) float32 on any device, and remember the choice."""
-        logits = penalise(logits.cpu(), self._seen, self.params.repetition_penalty)
+        logits = penalise(logits[: self._seen.numel()].cpu(), self._seen, self.params.repetition_penalty)
         if self.params.temperature == 0:
             token = int(logits.argmax())
         else:

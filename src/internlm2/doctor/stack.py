@@ -1,0 +1,79 @@
+"""The installed packages, and what is known of the official remote code on each version of transformers.
+
+The ladder was measured on 2026-11-23 with the code of March 2024 on one folder under eleven versions.
+"""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from internlm2.checkpoint import memory
+from internlm2.doctor.finding import Finding
+
+PACKAGES = (
+    "internlm2", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface-hub",
+    "accelerate", "peft",
+)  # fmt: skip
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, without importing it; None when it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def examine_stack() -> list[Finding]:
+    """Packages, processor and memory."""
+    versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES if installed(name))
+    findings = [Finding("packages", "ok", f"Python {platform.python_version()}, {versions}")]
+    transformers = installed("transformers")
+    if transformers is None:
+        findings.append(
+            Finding(
+                "transformers", "note", "not installed; only `import internlm2.hf` needs it.",
+                "pip install 'internlm2[hf]'",
+            )  # fmt: skip
+        )
+    else:
+        findings.append(remote_code_finding(transformers))
+    findings.append(_processor())
+    return findings
+
+
+def remote_code_finding(version: str) -> Finding:
+    """What the official Python files of a model folder do under this version of transformers, if run."""
+    number = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    name = f"transformers {version}"
+    ours = "import internlm2.hf before AutoTokenizer and AutoModel; the folder's Python files then never run."
+    if number >= (5,):
+        return Finding(
+            name, "note",
+            "with a folder's own Python files (trust_remote_code) this version makes other token ids, leaves the "
+            "rotary tables uninitialised and fails in generate().", ours,
+        )  # fmt: skip
+    if number >= (4, 54):
+        return Finding(
+            name, "note", "with a folder's own Python files generate() and chat() fail from 4.54 on.", ours
+        )
+    if number < (4, 34):
+        return Finding(
+            name, "note", "with a folder's own Python files the chat markers get ids outside the vocabulary.",
+            "pip install 'transformers>=5,<6' and import internlm2.hf",
+        )  # fmt: skip
+    return Finding(
+        name, "note",
+        "a folder's own Python files of early 2024 work with this version; internlm2.hf needs 5.x.",
+        "pip install 'internlm2[hf]'",
+    )  # fmt: skip
+
+
+def _processor() -> Finding:
+    available = memory.available_bytes()
+    room = "" if available is None else f", {available / memory.GIB:.1f} GiB of memory available"
+    if torch.cuda.is_available():
+        return Finding("device", "ok", f"{torch.cuda.get_device_name()}{room}")
+    fast = "bfloat16 in hardware" if torch.cpu._is_avx512_bf16_supported() else "no bfloat16 in hardware"
+    return Finding("device", "ok", f"CPU with {torch.get_num_threads()} threads, {fast}{room}")

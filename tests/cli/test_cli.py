@@ -1,0 +1,280 @@
+"""The command line as a user meets it: in a process of its own, with exit codes and without tracebacks."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import golden_folder
+from folders import write_chat_folder
+
+from internlm2.cli import main as cli
+from internlm2.cli.options import RunFlags, resolve
+from internlm2.errors import ConfigError
+
+COMMAND = [sys.executable, "-m", "internlm2"]
+ALL_COMMANDS = [
+    [], ["chat"], ["generate"], ["doctor"], ["model"], ["model", "download"], ["model", "info"],
+    ["model", "convert"], ["model", "export"],
+]  # fmt: skip
+
+
+def run(*arguments: object, stdin: str | None = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def refuse(message: str, *arguments: object, **options: str) -> None:
+    done = run(*arguments, **options)
+    # cyclopts breaks lines inside a box; undo that before looking for the message
+    text = " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2, done.stderr
+    assert message in text
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS, ids=" ".join)
+def test_help_is_there_and_imports_no_torch(words):
+    code = (
+        "import sys; from internlm2.cli.main import run; rc = run(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); print(heavy, file=sys.stderr);"
+        "sys.exit(rc or len(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: internlm2" in done.stdout
+
+
+def test_version():
+    assert run("--version").stdout.strip() == "internlm2 0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("Unknown option: --bogus", ["generate", "demo", "x", "--bogus", "1"]),
+        ("Unknown command", ["generat"]),
+        ("there is no such folder or file", ["generate", "nowhere", "x"]),
+        ("there is no such folder or file", ["model", "info", "nowhere"]),
+        ("dtype is 'int3'", ["generate", "demo", "x", "--dtype", "int3"]),
+        ("temperature is -1.0", ["generate", "demo", "x", "--temperature", "-1"]),
+        ("No prompt. Write it after the model", ["generate", "demo"]),
+        ("Invalid value", ["generate", "demo", "x", "--max-tokens", "many"]),
+        ("No configuration file none.toml", ["generate", "demo", "x", "--config", "none.toml"]),
+        ("exists already", ["model", "convert", golden_folder("gqa"), golden_folder("mha")]),
+        ("is here already. `download` takes a Hugging Face id", ["model", "download", golden_folder("gqa")]),
+        ("is no .gguf name", ["model", "export", golden_folder("gqa"), "x.bin", "--to", "gguf"]),
+        ("q8_0 is a GGUF type", ["model", "export", golden_folder("gqa"), "x", "--to", "llama", "--dtype", "q8_0"]),
+        ("internevo shards keep the dtype", ["model", "export", golden_folder("gqa"), "x", "--to", "internevo", "--dtype", "float16"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained_with_exit_code_2(message, arguments):
+    refuse(message, *arguments)
+
+
+def test_a_reward_model_is_not_asked_to_talk(tmp_path, chat_folder):
+    copy = tmp_path / "reward"
+    shutil.copytree(golden_folder("reward"), copy)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(chat_folder / name, copy)
+    refuse("has a reward head, but generating text needs CausalLM", "generate", copy, "x")
+
+
+def test_weights_without_a_tokenizer_are_explained():
+    refuse("No tokenizer", "generate", golden_folder("gqa"), "x")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    folder = write_chat_folder(tmp_path / "small", vocab_size=200)
+    refuse("the tokenizer has 261 tokens, but the embedding has 200 rows", "generate", folder, "x")
+
+
+def test_an_unknown_config_key_is_refused_with_a_suggestion(tmp_path):
+    (tmp_path / "a.toml").write_text("max_token = 3\n")
+    refuse("unknown key 'max_token'. Did you mean 'max_tokens'?", "generate", "demo", "x", "--config", tmp_path / "a.toml")
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('max_tokens = 3\ntemperature = 0\nstop = ["x", "y"]\n')
+    config = resolve(RunFlags(config=path, max_tokens=7))
+    assert (config.max_tokens, config.temperature, config.stop, config.top_p) == (7, 0.0, ("x", "y"), 0.8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("max_tokens = 1.5", "key 'max_tokens' is 1.5, but must be a whole number"), ("dtype = 3", "must be a text"),
+     ("seed = true", "'seed'"), ("a = [", "is not valid TOML")],
+)  # fmt: skip
+def test_wrong_types_in_a_file_are_refused(tmp_path, text, message):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        resolve(RunFlags(config=tmp_path / "a.toml"))
+
+
+def test_a_bug_of_ours_is_exit_code_1_with_a_traceback():
+    code = (
+        "from internlm2.cli import main, generate; import internlm2.cli.options as o\n"
+        "def broken(*a): raise AssertionError('ours')\n"
+        "o.resolve = broken\nmain.main(['generate', 'demo', 'x'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+class TestGenerate:
+    def test_json_holds_the_answer_and_the_counts(self, chat_folder):
+        done = run("generate", chat_folder, "Hello", "--json", "--max-tokens", "5", "--seed", "1")
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["num_tokens"] <= 5
+        assert set(answer) >= {"text", "finish_reason", "num_prompt_tokens", "tokens_per_second"}
+
+    def test_a_prompt_comes_from_a_pipe(self, chat_folder):
+        piped = run("generate", chat_folder, "--max-tokens", "5", "--temperature", "0", stdin="Hello")
+        given = run("generate", chat_folder, "Hello", "--max-tokens", "5", "--temperature", "0")
+        assert piped.returncode == 0
+        assert piped.stdout == given.stdout
+        assert "tokens/s" in given.stderr
+
+    def test_a_reader_that_leaves_early_is_no_error(self, chat_folder):
+        command = f"{' '.join(COMMAND)} generate {chat_folder} Hello --max-tokens 50 | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "0"
+        assert "Traceback" not in done.stderr
+
+
+class TestChat:
+    def test_piped_lines_are_turns_and_commands(self, chat_folder, tmp_path):
+        script = f"Hello\n/system Be brief.\nAgain\n/save {tmp_path / 'talk.json'}\n/nonsense\n/help\n/quit\nnever read\n"
+        done = run("chat", chat_folder, "--max-tokens", "4", stdin=script)
+        assert done.returncode == 0, done.stderr
+        talk = json.loads((tmp_path / "talk.json").read_text())
+        assert [m["role"] for m in talk] == ["system", "user", "assistant"]
+        assert talk[0]["content"] == "Be brief."
+        assert talk[1]["content"] == "Again"
+        assert "No command /nonsense" in done.stderr
+        assert "forget the conversation" in done.stderr
+
+    def test_save_never_overwrites(self, chat_folder, tmp_path):
+        (tmp_path / "mine").write_text("keep")
+        done = run("chat", chat_folder, stdin=f"/save {tmp_path / 'mine'}\n/save\n")
+        assert done.returncode == 0
+        assert "exists already" in done.stderr
+        assert "Give a file name" in done.stderr
+        assert (tmp_path / "mine").read_text() == "keep"
+
+    def test_reset_forgets_and_keeps_the_system_message(self, chat_folder, tmp_path):
+        script = f"One\n/reset\n/save {tmp_path / 'talk.json'}\n"
+        run("chat", chat_folder, "--system", "S", "--max-tokens", "2", stdin=script)
+        assert json.loads((tmp_path / "talk.json").read_text()) == [{"role": "system", "content": "S"}]
+
+    def test_a_message_too_long_is_refused_and_the_talk_goes_on(self, chat_folder, tmp_path):
+        script = f"{'word ' * 300}\nHi\n/save {tmp_path / 'talk.json'}\n"
+        done = run("chat", chat_folder, "--max-model-len", "60", "--max-tokens", "3", stdin=script)
+        assert "this model takes 60 with the answer" in done.stderr
+        assert [m["role"] for m in json.loads((tmp_path / "talk.json").read_text())] == ["user", "assistant"]
+
+    def test_ctrl_c_stops_the_answer_and_not_the_program(self, chat_folder):
+        terminal, child = pty.openpty()
+        process = subprocess.Popen(
+            [*COMMAND, "chat", str(chat_folder), "--max-tokens", "100000", "--max-model-len", "200000"],
+            stdin=child, stdout=child, stderr=child, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(child)
+        try:
+            screen = Screen(terminal)
+            screen.wait_for("> ")
+            os.write(terminal, b"Hello\n")
+            screen.wait_for("Hello\r\n")
+            screen.wait_for("", num_more=5)  # the answer has begun
+            process.send_signal(signal.SIGINT)
+            screen.wait_for("(stopped)")
+            screen.wait_for("> ")
+            process.send_signal(signal.SIGINT)
+            screen.wait_for("/quit leaves")
+            os.write(terminal, b"/quit\n")
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+            os.close(terminal)
+
+    def test_ctrl_c_in_generate_is_exit_code_130(self, chat_folder):
+        process = subprocess.Popen(
+            [*COMMAND, "generate", str(chat_folder), "Hello", "--max-tokens", "100000", "--max-model-len", "200000"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Interrupted." in errors
+        assert "Traceback" not in errors
+
+
+class Screen:
+    """What a program writes to a terminal, read until something appears."""
+
+    def __init__(self, terminal: int) -> None:
+        self._terminal = terminal
+        self._unread = ""
+
+    def wait_for(self, text: str, *, num_more: int = 0, timeout_seconds: float = 120) -> None:
+        end = time.monotonic() + timeout_seconds
+        while text not in self._unread or len(self._unread) < num_more:
+            ready, _, _ = select.select([self._terminal], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"never saw {text!r}, but {self._unread[-500:]!r}"
+            self._unread += os.read(self._terminal, 4096).decode(errors="replace")
+        self._unread = self._unread[self._unread.index(text) + len(text) :]
+
+
+class TestModel:
+    def test_info_counts_what_a_model_needs(self):
+        done = run("model", "info", "7b", "--json", "--context", "1000000")
+        data = json.loads(done.stdout)
+        assert data["parameters"]["total"] == 7_737_708_544
+        assert data["parameters"]["non_embedding"] == 6_979_588_096
+        assert data["weight_bytes"]["bfloat16"] == 2 * 7_737_708_544
+        assert data["kv_cache_bytes"]["bfloat16"]["4096"] == 131_072 * 4096
+        assert data["kv_cache_bytes"]["int8"]["1000000"] == 65_536 * 1_000_000
+
+    def test_info_reads_only_headers_and_prints_a_table(self):
+        done = run("model", "info", golden_folder("dynamic-ntk"))
+        assert done.returncode == 0
+        for text in ("dynamic scaling, factor 2", "KV 200,000", "bfloat16", "parameters"):
+            assert text in done.stdout
+
+    def test_convert_writes_an_official_folder(self, tmp_path):
+        done = run("model", "convert", golden_folder("six-groups"), tmp_path / "out", "--dtype", "bfloat16")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(tmp_path / "out")
+        assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    def test_export_and_convert_are_inverse(self, tmp_path):
+        for to, name in (("llama", "llama"), ("gguf", "model.gguf"), ("internevo", "shards")):
+            exported = tmp_path / name
+            done = run("model", "export", golden_folder("gqa"), exported, "--to", to)
+            assert done.returncode == 0, done.stderr
+            assert run("model", "convert", exported, tmp_path / f"{to}-back").returncode == 0
+
+
+def test_run_returns_the_exit_code_of_a_command(monkeypatch):
+    assert cli.run(["--version"]) == 0
+    assert cli.run(["nonsense"]) == 2
+
+
+def test_the_source_tree_names_no_path_of_a_machine():
+    root = Path(cli.__file__).parents[3]
+    assert not [p for p in root.rglob("src/**/*.py") if "/home/" in p.read_text(encoding="utf-8")]
