@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from internlm2.checkpoint.official import ModelCheckpoint
+from internlm2.checkpoint.formats.official import ModelCheckpoint
 from internlm2.checkpoint.save import save_checkpoint
 from internlm2.model import ModelConfig, RopeScaling, build_model
+from internlm2.model.config import Head
 
 MARKERS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -25,7 +26,7 @@ def byte_tokenizer_json() -> dict[str, object]:
     return json.loads(tokenizer.to_str())
 
 
-def write_chat_folder(folder: Path, *, vocab_size: int = 512) -> Path:
+def write_chat_folder(folder: Path, *, vocab_size: int = 512, head: Head = "language") -> Path:
     """A random chat model over bytes, in the official layout, that can answer at any length."""
     config = ModelConfig(
         vocab_size=vocab_size,
@@ -36,6 +37,8 @@ def write_chat_folder(folder: Path, *, vocab_size: int = 512) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=256,
         rope_scaling=RopeScaling("dynamic", 2.0),
+        head=head,
+        reward_token_id=510,
     )
     model = build_model(config)
     model.init_weights(torch.Generator().manual_seed(0))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from internlm2.checkpoint.load import load_model
-    from internlm2.engine.generate import generate
+    from internlm2.engine.llm import LLM
+    from internlm2.engine.reward import RewardScorer
     from internlm2.engine.sampling import SamplingParams
     from internlm2.tokenizer import Tokenizer
 
@@ -17,11 +18,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "Tokenizer": "internlm2.tokenizer",
     "load_model": "internlm2.checkpoint.load",
-    "generate": "internlm2.engine.generate",
+    "LLM": "internlm2.engine.llm",
+    "RewardScorer": "internlm2.engine.reward",
     "SamplingParams": "internlm2.engine.sampling",
 }
 
-__all__ = ["SamplingParams", "Tokenizer", "__version__", "generate", "load_model"]
+__all__ = ["LLM", "RewardScorer", "SamplingParams", "Tokenizer", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> object:

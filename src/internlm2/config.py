@@ -90,7 +90,7 @@ def _converter() -> cattrs.Converter:
     return converter
 
 
-def _strict(target: type, accepted: tuple[type, ...], words: str):  # noqa: ANN202 - a cattrs hook
+def _strict(target: type, accepted: tuple[type, ...], words: str):
     def structure(value: object, _: type) -> object:
         is_bool = isinstance(value, bool) and target is not bool
         if is_bool or not isinstance(value, accepted):
@@ -100,11 +100,12 @@ def _strict(target: type, accepted: tuple[type, ...], words: str):  # noqa: ANN2
     return structure
 
 
-def _first_problem(error: cattrs.errors.ClassValidationError) -> str:
-    for inner, note in error.group_exceptions()[0]:
-        if isinstance(inner, cattrs.errors.ClassValidationError | cattrs.errors.IterableValidationError):
-            return _first_problem(inner)
-        return f"key {note.name!r} {inner}"
+def _first_problem(error: cattrs.errors.BaseValidationError) -> str:
+    if isinstance(error, cattrs.errors.ClassValidationError):
+        for inner, note in error.group_exceptions()[0]:
+            if isinstance(inner, cattrs.errors.BaseValidationError):
+                return _first_problem(inner)
+            return f"key {note.name!r} {inner}"
     for inner in error.exceptions:
         if isinstance(inner, InternLM2Error):
             return str(inner)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GENERATE_GOLDENS, golden_folder
 from safetensors.torch import load_file, save_file
 
+from conftest import GENERATE_GOLDENS, golden_folder
 from internlm2 import load_model
 from internlm2.checkpoint import memory
 from internlm2.checkpoint.open import open_checkpoint
@@ -77,7 +77,9 @@ def test_the_head_follows_the_architecture():
 
 
 def test_dtypes_are_cast_tensor_by_tensor(folder):
-    weights = {d: load_model(folder, dtype=d).output.weight for d in ("float32", "bfloat16", "float16", "auto")}
+    weights = {
+        d: load_model(folder, dtype=d).output.weight for d in ("float32", "bfloat16", "float16", "auto")
+    }
     assert [w.dtype for w in weights.values()] == [
         torch.float32, torch.bfloat16, torch.float16, torch.float32
     ]  # fmt: skip

@@ -1,11 +1,10 @@
 """Model arguments: paths, ids, `demo`; downloads that break off say what to do and lose nothing."""
 
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import golden_folder
 
+from conftest import golden_folder
 from internlm2.checkpoint import resolve
 from internlm2.errors import CheckpointError, DownloadError
 
@@ -21,12 +20,10 @@ def test_the_home_folder_is_understood(tmp_path, monkeypatch):
     assert resolve.resolve_model("~/m") == tmp_path / "m"
 
 
-@pytest.mark.parametrize("text", ["nowhere", "./no/where", "a/b/c", "~/none", ".hidden/x", ""])
+@pytest.mark.parametrize("text", ["nowhere", "./no/where", "a/b/c", "~/none", ".hidden/x"])
 def test_what_is_neither_path_nor_id_is_refused(text):
-    with pytest.raises(CheckpointError, match="there is no such folder or file|is a file|not a model"):
-        path = resolve.resolve_model(text)
-        if path == Path():  # the empty text names the current folder
-            raise CheckpointError("not a model")
+    with pytest.raises(CheckpointError, match="there is no such folder or file"):
+        resolve.resolve_model(text)
 
 
 def test_an_id_is_downloaded_without_python_files(tmp_path, monkeypatch):
@@ -67,7 +64,10 @@ def test_a_download_cut_off_half_way_can_be_continued(tmp_path):
         (tmp_path / "model.safetensors.incomplete").write_bytes(b"half")
         raise ConnectionError("connection reset after 50 %")
 
-    with pytest.raises(DownloadError, match=r"connection reset after 50 %.*run the same command again: what has arrived is kept"):
+    with pytest.raises(
+        DownloadError,
+        match=r"connection reset after 50 %.*run the same command again: what has arrived is kept",
+    ):
         resolve.download("a/b", fetch=fetch)
     assert (tmp_path / "model.safetensors.incomplete").exists()
 

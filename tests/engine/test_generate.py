@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import golden_folder
 
+from conftest import golden_folder
 from internlm2 import SamplingParams, load_model
 from internlm2.checkpoint import memory
 from internlm2.engine.generate import generate, stream

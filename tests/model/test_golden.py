@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GENERATE_GOLDENS, LANGUAGE_GOLDENS, forwards, golden, golden_folder
 
+from conftest import GENERATE_GOLDENS, LANGUAGE_GOLDENS, forwards, golden, golden_folder
 from internlm2 import load_model
 from internlm2.engine.generate import generate
 from internlm2.engine.sampling import SamplingParams
@@ -52,9 +52,7 @@ def test_loss_and_gradients_equal_the_official_code(name):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("key", "penalty"), [("greedy", 1.0), ("greedy_repetition_penalty_1.3", 1.3)]
-)
+@pytest.mark.parametrize(("key", "penalty"), [("greedy", 1.0), ("greedy_repetition_penalty_1.3", 1.3)])
 @pytest.mark.parametrize("name", GENERATE_GOLDENS)
 def test_generated_ids_equal_the_official_code(name, key, penalty):
     model, tensors = load_model(golden_folder(name)), golden(name)

@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LANGUAGE_GOLDENS, golden_folder
-from reference import naive
 
+from conftest import LANGUAGE_GOLDENS, golden_folder
 from internlm2 import load_model
 from internlm2.engine.cache import DenseCache
 from internlm2.engine.generate import decode, prefill
@@ -16,6 +15,7 @@ from internlm2.errors import ConfigError, RequestError
 from internlm2.model import CausalLM, ModelConfig, RopeScaling, build_model, preset
 from internlm2.model.config import PRESETS
 from internlm2.model.rope import inverse_frequencies
+from reference import naive
 
 PUBLISHED_PARAMETERS = {"1.8b": 1_889_110_016, "7b": 7_737_708_544, "20b": 19_861_149_696}
 

@@ -18,7 +18,9 @@ def logits(weights: Weights, config: dict[str, object], ids: list[int], *, lengt
     for layer in range(int(config["num_hidden_layers"])):
         name = f"model.layers.{layer}"
         normed = _rms(x, weights[f"{name}.attention_norm.weight"], eps)
-        rows = normed @ weights[f"{name}.attention.wqkv.weight"].T + weights.get(f"{name}.attention.wqkv.bias", 0.0)
+        rows = normed @ weights[f"{name}.attention.wqkv.weight"].T + weights.get(
+            f"{name}.attention.wqkv.bias", 0.0
+        )
         out = np.zeros((len(ids), heads * dim))
         for head in range(heads):
             start = (head // per_group) * (per_group + 2) * dim

@@ -1,0 +1,1 @@
+"""Names and files: any format to the official tensors, and back."""

@@ -50,25 +50,27 @@ def parse_config(data: Json, *, where: str) -> ModelConfig:
     Raises CheckpointError for another architecture, ConfigError for values that cannot be.
     """
     _check_architecture(data, where)
+    values = _Values(data)
     try:
+        num_heads = values.integer("num_attention_heads")
         return ModelConfig(
-            vocab_size=_need(data, "vocab_size"),
-            hidden_size=_need(data, "hidden_size"),
-            intermediate_size=_need(data, "intermediate_size"),
-            num_hidden_layers=_need(data, "num_hidden_layers"),
-            num_attention_heads=_need(data, "num_attention_heads"),
-            num_key_value_heads=_get(data, "num_key_value_heads", _need(data, "num_attention_heads")),
-            head_dim=_get(data, "head_dim", 0),
-            max_position_embeddings=_need(data, "max_position_embeddings"),
+            vocab_size=values.integer("vocab_size"),
+            hidden_size=values.integer("hidden_size"),
+            intermediate_size=values.integer("intermediate_size"),
+            num_hidden_layers=values.integer("num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=values.integer("num_key_value_heads", num_heads),
+            head_dim=values.integer("head_dim", 0),
+            max_position_embeddings=values.integer("max_position_embeddings"),
             rope_theta=_rope_theta(data),
             rope_scaling=_rope_scaling(data),
-            rms_norm_eps=_need(data, "rms_norm_eps"),
-            bias=_get(data, "attention_bias" if is_llama(data) else "bias", False),
-            tie_word_embeddings=_get(data, "tie_word_embeddings", False),
-            initializer_range=_get(data, "initializer_range", 0.02),
+            rms_norm_eps=values.number("rms_norm_eps"),
+            bias=values.flag("attention_bias" if is_llama(data) else "bias"),
+            tie_word_embeddings=values.flag("tie_word_embeddings"),
+            initializer_range=values.number("initializer_range", 0.02),
             head=_head(data),
             num_labels=_num_labels(data),
-            reward_token_id=_get(data, "reward_token_id", ModelConfig.reward_token_id),
+            reward_token_id=values.integer("reward_token_id", ModelConfig.reward_token_id),
             bos_token_id=_token_id(data, "bos_token_id"),
             eos_token_id=_token_id(data, "eos_token_id"),
             pad_token_id=_token_id(data, "pad_token_id"),
@@ -136,22 +138,43 @@ def _check_architecture(data: Json, where: str) -> None:
         )
 
 
-def _need(data: Json, key: str):  # noqa: ANN202 - ModelConfig checks type and range of every value
-    if data.get(key) is None:
-        raise ConfigError(f"{key} is missing. Download config.json again, or add the key.")
-    return data[key]
+class _Values:
+    """Reads values of a stated type; null counts as absent, and absent without a default is an error."""
+
+    def __init__(self, data: Json) -> None:
+        self._data = data
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}, but must be a whole number.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}, but must be a number.")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._get(key, False)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}, but must be true or false.")
+        return value
+
+    def _get(self, key: str, default: object) -> object:
+        value = self._data.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ConfigError(f"{key} is missing. Download config.json again, or add the key.")
+        return value
 
 
-def _get(data: Json, key: str, default):  # noqa: ANN001, ANN202 - as above
-    value = data.get(key)
-    return default if value is None else value
-
-
-def _rope_theta(data: Json):  # noqa: ANN202 - as above
+def _rope_theta(data: Json) -> float:
     parameters = data.get("rope_parameters")  # transformers 5
     if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return parameters["rope_theta"]
-    return _get(data, "rope_theta", 10000.0)
+        return _Values(parameters).number("rope_theta")
+    return _Values(data).number("rope_theta", 10000.0)
 
 
 def _rope_scaling(data: Json) -> RopeScaling | None:
@@ -187,7 +210,7 @@ def _num_labels(data: Json) -> int:
     labels = data.get("id2label")
     if isinstance(labels, Mapping) and labels:
         return len(labels)
-    return _get(data, "num_labels", 2)
+    return _Values(data).integer("num_labels", 2)
 
 
 def _token_id(data: Json, key: str) -> int | None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from internlm2.checkpoint.gguf_write import write_gguf
-from internlm2.checkpoint.internevo import write_internevo
-from internlm2.checkpoint.llama import write_llama
+from internlm2.checkpoint.formats.internevo import write_internevo
+from internlm2.checkpoint.formats.llama import write_llama
+from internlm2.checkpoint.gguf.write import write_gguf
 from internlm2.checkpoint.source import Checkpoint, check_complete, parse_dtype
 from internlm2.errors import ExportError
 
@@ -26,7 +26,9 @@ def export_checkpoint(
     check_complete(checkpoint)
     if to == "gguf":
         if target.suffix != ".gguf":
-            raise ExportError(f"{target} is no .gguf name. Write for example {target.with_suffix('.gguf').name}.")
+            raise ExportError(
+                f"{target} is no .gguf name. Write for example {target.with_suffix('.gguf').name}."
+            )
         write_gguf(checkpoint, target, dtype=dtype or "float16")
         return
     if dtype == "q8_0":

@@ -5,6 +5,7 @@ mapped file, so loading costs no copy at all.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from internlm2.checkpoint.source import Checkpoint, check_complete, expected_sha
 from internlm2.errors import CheckpointError, RequestError
 from internlm2.log import progress
 from internlm2.model.heads import Model, RopeMode, build_model
+
+M = TypeVar("M", bound=Model)
 
 
 def load_model(
@@ -73,10 +76,11 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def require_head(model: Model, expected: type[Model], *, use: str) -> None:
-    """Raise CheckpointError when a loaded model has another head than `use` needs."""
+def require_head(model: Model, expected: type[M], *, use: str) -> M:
+    """The model itself, known to have the head that `use` needs. Raises CheckpointError when it has another."""
     if not isinstance(model, expected):
         raise CheckpointError(
             f"This checkpoint has a {model.config.head} head, but {use} needs {expected.__name__}. "
             "Give a folder of that kind."
         )
+    return model

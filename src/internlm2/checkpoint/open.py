@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from internlm2.checkpoint.config_json import CONFIG_FILE, is_llama, read_json
-from internlm2.checkpoint.gguf_read import GGUFCheckpoint
-from internlm2.checkpoint.internevo import InternEvoCheckpoint
-from internlm2.checkpoint.llama import LlamaCheckpoint
-from internlm2.checkpoint.official import OfficialCheckpoint
+from internlm2.checkpoint.formats.internevo import InternEvoCheckpoint
+from internlm2.checkpoint.formats.llama import LlamaCheckpoint
+from internlm2.checkpoint.formats.official import OfficialCheckpoint
+from internlm2.checkpoint.gguf.read import GGUFCheckpoint
 from internlm2.checkpoint.source import Checkpoint
 from internlm2.errors import CheckpointError
 

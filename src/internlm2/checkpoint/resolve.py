@@ -55,13 +55,19 @@ def download(model_id: str, *, fetch: Snapshot | None = None, local_folder: Path
     local_folder: put the files there instead of the shared cache. Raises DownloadError.
     """
     if fetch is None:
-        from huggingface_hub import snapshot_download as fetch  # takes half a second to import
+        from huggingface_hub import snapshot_download  # takes half a second to import
+
+        fetch = snapshot_download
     name, _, revision = model_id.partition("@")
-    options: dict[str, object] = {"revision": revision or None, "local_dir": local_folder}
+
+    def get(weights: str) -> Path:
+        patterns = [*_TEXT_FILES, weights]
+        return Path(fetch(name, revision=revision or None, local_dir=local_folder, allow_patterns=patterns))
+
     try:
-        folder = Path(fetch(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"], **options))
+        folder = get("*.safetensors")
         if not any(folder.glob("*.safetensors")):
-            folder = Path(fetch(name, allow_patterns=[*_TEXT_FILES, "*.bin"], **options))
+            folder = get("*.bin")
     except Exception as error:
         # huggingface_hub raises its own, httpx's and the system's errors; each means: it did not arrive.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

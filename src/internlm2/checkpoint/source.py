@@ -39,7 +39,10 @@ class TensorInfo:
 class Store(Protocol):
     """Tensors in files, under the files' own names."""
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Everything the files hold."""
+        ...
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU in its own dtype; memory-mapped where the format allows."""
@@ -47,12 +50,27 @@ class Store(Protocol):
 
 
 class Checkpoint(Protocol):
-    """A model in the official names. tokenizer_folder: where tokenizer files lie, None where there are none."""
+    """A model in the official names."""
 
-    path: Path
-    config: ModelConfig
-    tensors: Mapping[str, TensorInfo]
-    tokenizer_folder: Path | None
+    @property
+    def path(self) -> Path:
+        """Where it lies, for messages."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network that it holds."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Official name -> what is known before reading."""
+        ...
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where its tokenizer files lie; None when there are none."""
+        ...
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, under its official name and in its official layout, on the CPU."""

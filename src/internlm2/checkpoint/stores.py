@@ -137,7 +137,9 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} holds {type(data).__name__}, but must hold a dict of tensors.")
     for name, tensor in data.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is not a tensor. Give a file that holds only weights.")
+            raise CheckpointError(
+                f"{path}: entry {name!r} is not a tensor. Give a file that holds only weights."
+            )
     return data
 
 
@@ -156,7 +158,9 @@ def load_torch_object(path: Path) -> object:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing. Download that file.") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_short(error)}). Download it again.") from error
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({_short(error)}). Download it again."
+        ) from error
 
 
 def _short(error: Exception) -> str:

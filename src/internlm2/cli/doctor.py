@@ -14,7 +14,7 @@ def doctor(
     ] = False,
     json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
 ) -> int:
-    """Examine package versions, and a folder's files, ids, stop tokens and template. Exit code 1: something is wrong."""
+    """Examine packages, and a folder's files, ids, stop tokens and template. Exit code 1: something is wrong."""
     from internlm2.checkpoint.resolve import resolve_model
     from internlm2.doctor.examine import examine
     from internlm2.doctor.finding import as_text

@@ -16,7 +16,9 @@ def generate(
     model: Annotated[str, Parameter(help="Folder, GGUF file, Hugging Face id, or `demo`.")],
     prompt: Annotated[str | None, Parameter(help="The text; without it, standard input is read.")] = None,
     *,
-    chat: Annotated[bool, Parameter(help="Treat the prompt as a message to a chat model.", negative=())] = False,
+    chat: Annotated[
+        bool, Parameter(help="Treat the prompt as a message to a chat model.", negative=())
+    ] = False,
     system: Annotated[str | None, Parameter(help="System message; implies --chat.")] = None,
     json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
     flags: RunFlags | None = None,
@@ -74,5 +76,7 @@ def read_prompt(prompt: str | None) -> str:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if not prompt:
-        raise RequestError('No prompt. Write it after the model, as in `internlm2 generate demo "Hello"`, or pipe it in.')
+        raise RequestError(
+            'No prompt. Write it after the model, as in `internlm2 generate demo "Hello"`, or pipe it in.'
+        )
     return prompt

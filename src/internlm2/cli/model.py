@@ -51,7 +51,9 @@ def info(
 
 
 def convert(
-    source: Annotated[str, Parameter(help="Llama-layout folder, GGUF file, .bin folder, InternEvo shards, ...")],
+    source: Annotated[
+        str, Parameter(help="Llama-layout folder, GGUF file, .bin folder, InternEvo shards, ...")
+    ],
     target: Annotated[Path, Parameter(help="New folder.")],
     *,
     dtype: Annotated[Dtype | None, Parameter(help="Cast the weights; default: as they are.")] = None,

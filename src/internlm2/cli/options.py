@@ -3,7 +3,7 @@
 The file is read first, a flag on the command line wins, and what neither says keeps its default.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,10 +45,14 @@ class RunFlags:
     threads: Annotated[int | None, Parameter(help="CPU threads; 0: as torch chooses.")] = None
     max_model_len: Annotated[int | None, Parameter(help="Longest prompt plus answer, in tokens.")] = None
     max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None
-    temperature: Annotated[float | None, Parameter(help="Randomness; 0 always takes the best token [0.8].")] = None
+    temperature: Annotated[
+        float | None, Parameter(help="Randomness; 0 always takes the best token [0.8].")
+    ] = None
     top_k: Annotated[int | None, Parameter(help="Choose among so many best tokens; 0: all.")] = None
     top_p: Annotated[float | None, Parameter(help="Choose within this probability mass [0.8].")] = None
-    min_p: Annotated[float | None, Parameter(help="Drop tokens less likely than this share of the best.")] = None
+    min_p: Annotated[float | None, Parameter(help="Drop tokens less likely than this share of the best.")] = (
+        None
+    )
     repetition_penalty: Annotated[float | None, Parameter(help="Above 1: repeat less.")] = None
     seed: Annotated[int | None, Parameter(help="Same seed, same answer.")] = None
     stop: Annotated[
@@ -61,10 +65,10 @@ def resolve(flags: RunFlags | None) -> RunConfig:
     """One configuration from file and flags. Raises ConfigError for unknown keys and wrong types."""
     from internlm2.config import from_dict, load_toml
 
-    given = {key: value for key, value in asdict(flags or RunFlags()).items() if value is not None}
-    path = given.pop("config", None)
-    if path is not None:
-        return load_toml(RunConfig, path, overrides=given)
+    flags = flags or RunFlags()
+    given = {k: v for k, v in asdict(flags).items() if v is not None and k != "config"}
+    if flags.config is not None:
+        return load_toml(RunConfig, flags.config, overrides=given)
     return from_dict(RunConfig, given, where="command line")
 
 
@@ -100,9 +104,3 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         is_old_cpu = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
         dtype = "float32" if is_old_cpu else "bfloat16"
     return LLM(model, dtype=dtype, device=device, max_model_len=config.max_model_len)
-
-
-def with_defaults(flags: RunFlags | None, **defaults: object) -> RunFlags:
-    """Flags in which what was not given takes a command's own default."""
-    flags = flags or RunFlags()
-    return replace(flags, **{k: v for k, v in defaults.items() if getattr(flags, k) is None})

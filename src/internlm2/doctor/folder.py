@@ -43,15 +43,19 @@ def _weights(folder: Path, findings: list[Finding]) -> Checkpoint | None:
     config = checkpoint.config
     kind = type(checkpoint).__name__.removesuffix("Checkpoint")
     findings.append(
-        Finding("weights", "ok", f"{kind} layout, {config.head} head, all {len(checkpoint.tensors)} tensors there")
+        Finding(
+            "weights", "ok", f"{kind} layout, {config.head} head, all {len(checkpoint.tensors)} tensors there"
+        )
     )
     if kind == "Official" and config.rope_scaling is None and config.head == "language":
         findings.append(
             Finding(
-                "rope", "note", f"rope_scaling is null: right up to {config.max_position_embeddings} tokens.",
+                "rope",
+                "note",
+                f"rope_scaling is null: right up to {config.max_position_embeddings} tokens.",
                 'For longer texts put "rope_scaling": {"type": "dynamic", "factor": 2.0} into config.json, as the '
                 "later releases of the chat models have.",
-            )  # fmt: skip
+            )
         )
     return checkpoint
 
@@ -74,12 +78,16 @@ def _tokenizer(folder: Path, checkpoint: Checkpoint, findings: list[Finding]) ->
     if tokenizer.vocab_size > rows:
         findings.append(
             Finding(
-                "tokenizer", "wrong", f"{tokenizer.vocab_size} tokens, but the embedding has {rows} rows.",
+                "tokenizer",
+                "wrong",
+                f"{tokenizer.vocab_size} tokens, but the embedding has {rows} rows.",
                 "Copy the tokenizer files of this very model.",
-            )  # fmt: skip
+            )
         )
     else:
-        findings.append(Finding("tokenizer", "ok", f"{tokenizer.vocab_size} tokens, embedding of {rows} rows"))
+        findings.append(
+            Finding("tokenizer", "ok", f"{tokenizer.vocab_size} tokens, embedding of {rows} rows")
+        )
     return tokenizer
 
 
@@ -135,7 +143,9 @@ def _template(folder: Path, tokenizer: Tokenizer, findings: list[Finding]) -> No
     template = chat_template(folder)
     if template is None:
         findings.append(
-            Finding("chat template", "note", "none in the folder; this package has its own, other tools do not.")
+            Finding(
+                "chat template", "note", "none in the folder; this package has its own, other tools do not."
+            )
         )
         return
     try:

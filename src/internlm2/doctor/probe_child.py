@@ -5,6 +5,7 @@ Reads one JSON request from standard input and prints one JSON answer. Remote co
 
 import json
 import sys
+from typing import Any
 
 MARKERS = ("<|im_start|>", "<|im_end|>")
 
@@ -22,11 +23,11 @@ def main() -> None:
     print(json.dumps(answer))
 
 
-def ask_tokenizer(request: dict[str, object]) -> dict[str, object]:
+def ask_tokenizer(request: dict[str, Any]) -> dict[str, object]:
     """Ids and decoded texts of the probes, and the ids of the chat markers."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=False)
     ids = [tokenizer(text)["input_ids"] for text in request["probes"]]
     return {
         "ids": ids,
@@ -35,7 +36,7 @@ def ask_tokenizer(request: dict[str, object]) -> dict[str, object]:
     }
 
 
-def ask_model(request: dict[str, object]) -> dict[str, object]:
+def ask_model(request: dict[str, Any]) -> dict[str, object]:
     """Logits of a fixed prompt, and how many buffers the model has."""
     import torch
     from transformers import AutoModelForCausalLM

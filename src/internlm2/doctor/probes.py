@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from internlm2.checkpoint.formats.official import ModelCheckpoint
 from internlm2.checkpoint.load import load_model
-from internlm2.checkpoint.official import ModelCheckpoint
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.save import save_checkpoint
 from internlm2.doctor.finding import Finding
@@ -61,7 +62,7 @@ def examine_transformers(folder: Path, *, plain: bool = True) -> list[Finding]:
     return findings
 
 
-def _ask(task: str, folder: Path, *, with_hf: bool) -> dict[str, object]:
+def _ask(task: str, folder: Path, *, with_hf: bool) -> dict[str, Any]:
     request = {"task": task, "folder": str(folder), "with_hf": with_hf, "probes": PROBES}
     try:
         done = subprocess.run(
@@ -91,7 +92,9 @@ def _tokenizer_finding(name: str, folder: Path, tokenizer: Tokenizer, *, with_hf
         for text, ids in zip(PROBES, answer["ids"], strict=True)
         if ids != tokenizer.encode(text, bos=True)
     ]
-    lossy = [t for t, decoded in zip(PROBES, answer["decoded"], strict=True) if decoded != t and t not in wrong]
+    lossy = [
+        t for t, decoded in zip(PROBES, answer["decoded"], strict=True) if decoded != t and t not in wrong
+    ]
     markers = {k: v for k, v in tokenizer.special_tokens.items() if k.startswith("<|im_")}
     wrong_markers = {k: v for k, v in answer["markers"].items() if k in markers and v != markers[k]}
     if not (wrong or lossy or wrong_markers):

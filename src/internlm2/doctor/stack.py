@@ -12,9 +12,16 @@ from internlm2.checkpoint import memory
 from internlm2.doctor.finding import Finding
 
 PACKAGES = (
-    "internlm2", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface-hub",
-    "accelerate", "peft",
-)  # fmt: skip
+    "internlm2",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "huggingface-hub",
+    "accelerate",
+    "peft",
+)
 
 
 def installed(package: str) -> str | None:
@@ -33,9 +40,11 @@ def examine_stack() -> list[Finding]:
     if transformers is None:
         findings.append(
             Finding(
-                "transformers", "note", "not installed; only `import internlm2.hf` needs it.",
+                "transformers",
+                "note",
+                "not installed; only `import internlm2.hf` needs it.",
                 "pip install 'internlm2[hf]'",
-            )  # fmt: skip
+            )
         )
     else:
         findings.append(remote_code_finding(transformers))
@@ -50,24 +59,29 @@ def remote_code_finding(version: str) -> Finding:
     ours = "import internlm2.hf before AutoTokenizer and AutoModel; the folder's Python files then never run."
     if number >= (5,):
         return Finding(
-            name, "note",
+            name,
+            "note",
             "with a folder's own Python files (trust_remote_code) this version makes other token ids, leaves the "
-            "rotary tables uninitialised and fails in generate().", ours,
-        )  # fmt: skip
+            "rotary tables uninitialised and fails in generate().",
+            ours,
+        )
     if number >= (4, 54):
         return Finding(
             name, "note", "with a folder's own Python files generate() and chat() fail from 4.54 on.", ours
         )
     if number < (4, 34):
         return Finding(
-            name, "note", "with a folder's own Python files the chat markers get ids outside the vocabulary.",
+            name,
+            "note",
+            "with a folder's own Python files the chat markers get ids outside the vocabulary.",
             "pip install 'transformers>=5,<6' and import internlm2.hf",
-        )  # fmt: skip
+        )
     return Finding(
-        name, "note",
+        name,
+        "note",
         "a folder's own Python files of early 2024 work with this version; internlm2.hf needs 5.x.",
         "pip install 'internlm2[hf]'",
-    )  # fmt: skip
+    )
 
 
 def _processor() -> Finding:

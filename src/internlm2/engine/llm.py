@@ -13,7 +13,7 @@ from internlm2.checkpoint.resolve import resolve_model
 from internlm2.engine.generate import Completion, FinishReason, generate, stream
 from internlm2.engine.sampling import SamplingParams
 from internlm2.errors import CheckpointError, RequestError
-from internlm2.model.heads import CausalLM, Model, RopeMode
+from internlm2.model.heads import CausalLM, RopeMode
 from internlm2.tokenizer import Tokenizer
 from internlm2.tokenizer.stream import StopStrings
 
@@ -75,9 +75,8 @@ class LLM:
             )
         self.tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder)
         check_vocabulary(self.tokenizer, checkpoint.config.vocab_size, where=str(checkpoint.path))
-        self.model = as_language_model(
-            load_checkpoint(checkpoint, dtype=dtype, device=device, rope_mode=rope_mode)
-        )
+        model = load_checkpoint(checkpoint, dtype=dtype, device=device, rope_mode=rope_mode)
+        self.model = require_head(model, CausalLM, use="generating text")
         self.max_model_len = _longest(self.model) if max_model_len is None else max_model_len
 
     def generate(
@@ -175,13 +174,6 @@ class LLM:
             )
         fewer = min(params.max_tokens, room)
         return replace(params, max_tokens=fewer, min_tokens=min(params.min_tokens, fewer))
-
-
-def as_language_model(model: Model) -> CausalLM:
-    """The model itself, when it is one that generates text. Raises CheckpointError otherwise."""
-    require_head(model, CausalLM, use="generating text")
-    assert isinstance(model, CausalLM)
-    return model
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, where: str) -> None:

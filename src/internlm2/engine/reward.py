@@ -26,12 +26,13 @@ class RewardScorer:
     def __init__(self, path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
         checkpoint = open_checkpoint(resolve_model(path))
         if checkpoint.tokenizer_folder is None:
-            raise CheckpointError(f"{checkpoint.path} has no tokenizer. Copy tokenizer.model into the folder.")
+            raise CheckpointError(
+                f"{checkpoint.path} has no tokenizer. Copy tokenizer.model into the folder."
+            )
         self.tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder)
         check_vocabulary(self.tokenizer, checkpoint.config.vocab_size, where=str(checkpoint.path))
         model = load_checkpoint(checkpoint, dtype=dtype, device=device)
-        require_head(model, RewardModel, use="scoring conversations")
-        self.model = model
+        self.model = require_head(model, RewardModel, use="scoring conversations")
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation as the reward model reads it, the reward token last."""

@@ -38,7 +38,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "from 0 to max_tokens")
-        _check(_finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _check(
+            _finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "at least 0"
+        )
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")

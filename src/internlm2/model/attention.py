@@ -31,9 +31,7 @@ class Attend(Protocol):
     ) -> torch.Tensor: ...
 
 
-def causal_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMeta
-) -> torch.Tensor:
+def causal_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
     """Each position sees itself and what came before it in the same row; no padding, no cache."""
     return sdpa(q, k, v, scale=meta.scale, is_causal=True)
 

@@ -50,7 +50,7 @@ class Model(nn.Module):
         long each sequence may become (prompt + answer); default: how long it is. attend: where attention finds
         keys and values; default: this batch alone. Returns (B, T, C) in the dtype of the weights.
         """
-        batch, num_positions = input_ids.shape
+        num_positions = input_ids.shape[1]
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask)
         if length_limits is None:
@@ -87,7 +87,9 @@ class CausalLM(Model):
         super().__init__(config, rope_mode=rope_mode)
         # A tied output has no tensor of its own in the checkpoint, so it has no module here.
         self.output = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def forward(
