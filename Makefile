@@ -10,7 +10,7 @@ demo: .venv/.ready
 	@.venv/bin/internlm2 generate demo "$(PROMPT)" --chat --temperature 0 --max-tokens 200
 
 test: .venv/.ready
-	.venv/bin/pytest
+	.venv/bin/pytest -n auto --maxprocesses 4
 
 test-slow: .venv/.ready
 	.venv/bin/pytest -m slow
@@ -25,6 +25,7 @@ bench: .venv/.ready
 	.venv/bin/python benchmarks/load_memory.py
 	.venv/bin/python benchmarks/tokenizer.py
 	.venv/bin/python benchmarks/decode.py
+	.venv/bin/python benchmarks/threads.py
 
 clean:
 	rm -rf .venv build dist

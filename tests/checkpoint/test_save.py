@@ -99,10 +99,11 @@ def test_a_full_disk_is_told_before_writing(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
-    def no_space(*_):
+    def no_space(path, *_):
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("internlm2.checkpoint.save.struct.pack", no_space)
+    monkeypatch.setattr("internlm2.checkpoint.save._write_safetensors", no_space)
     with pytest.raises(ExportError, match="the disk is full"):
         save_checkpoint(open_checkpoint(golden_folder("gqa")), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
