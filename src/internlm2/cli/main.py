@@ -37,9 +37,9 @@ app.command(model_app)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     log.configure(verbosity=1 if os.environ.get("INTERNLM2_DEBUG") else 0)
-    # NOTE: before torch loads OpenMP. Threads that spin while they wait make decoding ten times slower as soon as
-    # another program wants a core (benchmarks/results/threads.md); sleeping ones cost next to nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # NOTE: before torch loads OpenMP. Its threads spin for long while they wait, and decoding collapses as soon as
+    # another program wants a core; a short spin keeps most of the speed in both cases (results/threads.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     sys.exit(run(arguments))
 
 

@@ -100,7 +100,10 @@ class SentencePieceBackend:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
         """Ids of every text, over the threads of sentencepiece; a long text is spread over them too."""
-        blocks = [[text] if self._cuts is None else self._cuts.blocks(text) for text in texts]
+        cuts = self._cuts
+        if cuts is None or max(map(len, texts), default=0) <= cuts.max_whole_characters:
+            return self._processor.encode(list(texts), num_threads=num_threads)
+        blocks = [cuts.blocks(text) for text in texts]
         parts = iter(self._processor.encode(list(chain.from_iterable(blocks)), num_threads=num_threads))
         results = []
         for own in blocks:
