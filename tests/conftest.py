@@ -1,38 +1,18 @@
-"""Paths and models that many tests share."""
+"""Models that many tests share."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the cores are shared; before torch is imported
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-DATA = Path(__file__).parent / "data"
-LANGUAGE_GOLDENS = ["gqa", "mha", "mqa-bias", "six-groups", "linear", "dynamic-ntk", "dynamic-ntk-factor3"]
-GENERATE_GOLDENS = ["gqa", "mha", "mqa-bias", "six-groups"]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """The cores are shared, and the models tiny: a second thread only waits for the first."""
     torch.set_num_threads(1)
-
-
-def golden_folder(name: str) -> Path:
-    return DATA / "model" / name
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    return load_file(golden_folder(name) / "golden.safetensors")
-
-
-def forwards(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The `forward.N` cases of a golden file."""
-    return [
-        n.removesuffix(".input_ids") for n in tensors if n.startswith("forward.") and n.endswith(".input_ids")
-    ]
 
 
 @pytest.fixture(scope="session")

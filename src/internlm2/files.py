@@ -27,7 +27,7 @@ def writing(target: Path) -> Iterator[None]:
         elif isinstance(error, NotADirectoryError | FileExistsError):
             reason = f"{error.filename or target} is a file where a folder is needed. Choose another name"
         else:
-            raise
+            reason = f"{error.strerror or error}. Choose another name or folder"
         raise ExportError(f"Cannot write {target}: {reason}. Nothing was left half-written.") from error
 
 
@@ -63,8 +63,11 @@ def new_folder(target: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     Raises ExportError when `target` already holds something, when the disk has less than `need_bytes`
     free, or when the place cannot be written.
     """
+    target = target.absolute()
     with writing(target):
         check_new(target)
+        if target.is_dir() and target.samefile(Path.cwd()):
+            raise ExportError(f"{target} is the current folder. Give the name of a new one, such as ./model.")
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target, need_bytes=need_bytes)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -113,6 +116,6 @@ def check_space(target: Path, *, need_bytes: int) -> None:
     free_bytes = shutil.disk_usage(target.parent).free
     if need_bytes > free_bytes:
         raise ExportError(
-            f"Cannot write {target}: it needs {need_bytes / 1e9:.1f} GB and the disk has "
-            f"{free_bytes / 1e9:.1f} GB free. Free some space, or choose another folder."
+            f"Cannot write {target}: it needs {need_bytes / 1e6:,.1f} MB and the disk has "
+            f"{free_bytes / 1e6:,.1f} MB free. Free some space, or choose another folder."
         )

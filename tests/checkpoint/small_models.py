@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import DATA
+from goldens import DATA
 from internlm2.checkpoint.formats.official import ModelCheckpoint
 from internlm2.model.config import ModelConfig
 from internlm2.model.heads import build_model

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Quant
 from small_models import assert_same_model, random_checkpoint, small_config
 from transformers import LlamaForCausalLM
 
-from conftest import LANGUAGE_GOLDENS, golden, golden_folder
+from goldens import LANGUAGE_GOLDENS, golden, golden_folder
 from internlm2 import load_model
 from internlm2.checkpoint.formats import wqkv
 from internlm2.checkpoint.gguf import read as gguf_read

@@ -12,7 +12,7 @@ import sentencepiece
 from gguf import TokenType
 from small_models import byte_level_folder, chat_tokenizer, random_checkpoint, small_config
 
-from conftest import DATA
+from goldens import DATA
 from internlm2 import Tokenizer
 from internlm2.checkpoint.gguf.read import GGUFCheckpoint
 from internlm2.checkpoint.gguf.vocab import NUL_NAME

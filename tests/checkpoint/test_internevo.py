@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import assert_same_model, random_checkpoint, small_config
 
-from conftest import golden, golden_folder
+from goldens import golden, golden_folder
 from internlm2.checkpoint.formats.internevo import InternEvoCheckpoint, write_internevo
 from internlm2.checkpoint.load import load_checkpoint
 from internlm2.checkpoint.open import open_checkpoint

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from small_models import assert_same_model, chat_tokenizer, random_checkpoint, small_config
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
-from conftest import DATA, LANGUAGE_GOLDENS, forwards, golden, golden_folder
+from goldens import DATA, LANGUAGE_GOLDENS, forwards, golden, golden_folder
 from internlm2 import load_model
 from internlm2.checkpoint.formats import wqkv
 from internlm2.checkpoint.formats.llama import LlamaCheckpoint, write_llama

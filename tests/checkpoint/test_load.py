@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import GENERATE_GOLDENS, golden_folder
+from goldens import GENERATE_GOLDENS, golden_folder
 from internlm2 import load_model
 from internlm2.checkpoint import memory
 from internlm2.checkpoint.open import open_checkpoint
@@ -285,6 +285,63 @@ class TestBadInput:
         self.bin(folder, {"epoch": 3})
         self.refuse(folder, "entry 'epoch' is not a tensor")
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+    def test_a_bin_whose_tensors_are_no_floats(self, folder, dtype):
+        self.bin(folder, {"output.weight": torch.ones(2).to(dtype)})
+        self.refuse(folder, "only dense float weights are read")
+
+    def test_a_sparse_bin(self, folder):
+        self.bin(folder, {"output.weight": torch.ones(2, 2).to_sparse()})
+        self.refuse(folder, "only dense float weights are read")
+
+    def test_a_tensor_in_two_bins(self, folder):
+        for name in ("a.bin", "b.bin"):
+            torch.save({"output.weight": torch.ones(1)}, folder / name)
+        (folder / "model.safetensors").unlink()
+        index = {"weight_map": {"output.weight": "a.bin", "x": "b.bin"}}
+        torch.save({"output.weight": torch.ones(1), "x": torch.ones(1)}, folder / "b.bin")
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        self.refuse(folder, "tensor output.weight is also in a.bin")
+
+    def test_a_weight_beyond_float16(self, folder):
+        edit_tensors(folder, lambda t: t["output.weight"].view(-1)[:1].fill_(1e5))
+        with pytest.raises(
+            CheckpointError, match=r"output.weight holds values up to 1e\+05, beyond float16's 6.55e\+04"
+        ):
+            load_model(folder, dtype="float16")
+        load_model(folder, dtype="bfloat16")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("rope_theta", 10**400, "rope_theta is a number of over 30 digits"),
+            ("vocab_size", 10**30, "vocab_size is a number of over 30 digits"),
+            ("num_hidden_layers", 10**8, "must be a whole number from 1 to 10000"),
+            ("hidden_size", 10**12, "must be a whole number from 1 to"),
+            ("rope_scaling", {"factor": 2.0}, "type is None"),
+            ("rope_scaling", False, "must be null or an object"),
+            ("rope_scaling", {"type": "dynamic", "factor": 10**400}, "must be a number"),
+            ("bos_token_id", 10**9, "must be a token id from 0 to 511"),
+            ("pad_token_id", -7, "must be a token id from 0 to 511"),
+        ],
+    )
+    def test_values_that_no_model_has(self, folder, key, value, message):
+        edit_config(folder, **{key: value})
+        self.refuse(folder, message, ConfigError)
+
+    def test_a_config_nested_without_end(self, folder):
+        (folder / "config.json").write_text("[" * 100_000)
+        self.refuse(folder, "Download that file again")
+
+    def test_an_index_with_an_endless_name(self, folder):
+        self.index(folder, {"output.weight": "x" * 300})
+        self.refuse(folder, "is not a plain file name")
+
+    def test_several_gguf_files(self, tmp_path):
+        for name in ("a.gguf", "b.gguf"):
+            (tmp_path / name).touch()
+        self.refuse(tmp_path, "has 2 GGUF files: a.gguf, b.gguf. Give the path of one")
+
     def test_a_truncated_bin(self, folder):
         self.bin(folder, {"output.weight": torch.ones(100)})
         path = folder / "pytorch_model.bin"
@@ -319,6 +376,8 @@ def test_available_memory_respects_a_container(tmp_path):
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert memory.available_bytes(meminfo, tmp_path) == 2_000_000
+    (tmp_path / "memory.stat").write_text("inactive_file 400000\nactive_file 500000\nanon 3\n")
+    assert memory.available_bytes(meminfo, tmp_path) == 2_900_000
     assert memory.available_bytes(tmp_path / "none", tmp_path) is None
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from conftest import golden_folder
+from goldens import golden_folder
 from internlm2.checkpoint import resolve
 from internlm2.errors import CheckpointError, DownloadError
 

@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import golden_folder
+from goldens import golden_folder
 from internlm2 import files, load_model
 from internlm2.checkpoint.formats.official import ModelCheckpoint
 from internlm2.checkpoint.open import open_checkpoint
@@ -93,7 +94,7 @@ def test_an_incomplete_checkpoint_is_not_saved(tmp_path):
 def test_a_full_disk_is_told_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ExportError, match=r"the disk has 0\.0 GB free"):
+    with pytest.raises(ExportError, match=r"the disk has 0\.0 MB free"):
         save_checkpoint(open_checkpoint(golden_folder("gqa")), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -168,6 +169,12 @@ class TestFiles:
             assert not target.exists()
         assert target.read_bytes() == b"whole"
 
-    def test_other_system_errors_are_not_dressed_up(self, tmp_path):
-        with pytest.raises(OSError, match="Interrupted"), files.writing(tmp_path):
-            raise OSError(errno.EINTR, "Interrupted")
+    def test_every_other_refusal_is_told_in_the_words_of_the_system(self, tmp_path):
+        with pytest.raises(ExportError, match=r"File name too long\. Choose another name"):
+            files.write_text(tmp_path / ("x" * 300), "")
+
+    def test_the_current_folder_is_refused_before_writing(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ExportError, match="is the current folder"):
+            save_checkpoint(open_checkpoint(golden_folder("gqa").absolute()), Path())
+        assert list(tmp_path.iterdir()) == []

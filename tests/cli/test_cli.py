@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import golden_folder
 from folders import write_chat_folder
+from goldens import golden_folder
 from internlm2.cli import main as cli
 from internlm2.cli.options import RunFlags, resolve
 from internlm2.errors import ConfigError
@@ -72,6 +72,11 @@ def test_version():
         ("temperature is -1.0", ["generate", "demo", "x", "--temperature", "-1"]),
         ("No prompt. Write it after the model", ["generate", "demo"]),
         ("Invalid value", ["generate", "demo", "x", "--max-tokens", "many"]),
+        ("threads is -1", ["generate", "demo", "x", "--threads", "-1"]),
+        ("device is 'meta'", ["generate", "demo", "x", "--device", "meta"]),
+        ("context is -5", ["model", "info", "7b", "--context", "-5"]),
+        ("there is no such folder or file", ["model", "info", "~nobody-here/x"]),
+        ("there is no such folder or file", ["model", "info", "x" * 300]),
         ("No configuration file none.toml", ["generate", "demo", "x", "--config", "none.toml"]),
         ("exists already", ["model", "convert", golden_folder("gqa"), golden_folder("mha")]),
         ("is here already. `download` takes a Hugging Face id", ["model", "download", golden_folder("gqa")]),
@@ -178,8 +183,11 @@ class TestChat:
 
     def test_save_never_overwrites(self, chat_folder, tmp_path):
         (tmp_path / "mine").write_text("keep")
-        done = run("chat", chat_folder, stdin=f"/save {tmp_path / 'mine'}\n/save\n")
+        bad = f"/save ~nobody-here/x\n/save {tmp_path}\n/save {tmp_path / ('x' * 300)}\n"
+        done = run("chat", chat_folder, stdin=f"/save {tmp_path / 'mine'}\n/save\n{bad}")
         assert done.returncode == 0
+        assert "is a folder" in done.stderr
+        assert "File name too long" in done.stderr
         assert "exists already" in done.stderr
         assert "Give a file name" in done.stderr
         assert (tmp_path / "mine").read_text() == "keep"
@@ -193,6 +201,7 @@ class TestChat:
         script = f"{'word ' * 300}\nHi\n/save {tmp_path / 'talk.json'}\n"
         done = run("chat", chat_folder, "--max-model-len", "60", "--max-tokens", "3", stdin=script)
         assert "this model takes 60 with the answer" in done.stderr
+        assert done.returncode == 2  # a script should know that a line was refused
         assert [m["role"] for m in json.loads((tmp_path / "talk.json").read_text())] == ["user", "assistant"]
 
     def test_ctrl_c_stops_the_answer_and_not_the_program(self, chat_folder):

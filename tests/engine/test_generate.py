@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import golden_folder
+from goldens import golden_folder
 from internlm2 import SamplingParams, load_model
 from internlm2.checkpoint import memory
 from internlm2.engine.generate import generate, stream
@@ -59,6 +59,18 @@ def test_steps_come_one_by_one(model):
     steps = list(stream(model, [[1, 5], [1, 6]], SamplingParams(max_tokens=3)))
     assert [s.row for s in steps] == [0, 1, 0, 1, 0, 1]
     assert [s.finish_reason for s in steps] == [None] * 4 + ["length"] * 2
+
+
+def test_each_prompt_may_have_its_own_params(model):
+    each = [SamplingParams(max_tokens=n + 2, temperature=n * 0.3, seed=n) for n in range(len(PROMPTS))]
+    together = generate(model, PROMPTS, each)
+    assert together == [generate(model, [p], one)[0] for p, one in zip(PROMPTS, each, strict=True)]
+    assert [len(c.token_ids) for c in together] == [2, 3, 4, 5]
+
+
+def test_a_stop_id_that_does_not_exist_is_refused(model):
+    with pytest.raises(RequestError, match="stop_token_ids holds 1000000, but ids go from 0 to 511"):
+        generate(model, [[1]], SamplingParams(stop_token_ids=(10**6,), min_tokens=3))
 
 
 def test_no_prompts_give_no_results(model):

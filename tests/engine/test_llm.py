@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import internlm2
-from conftest import golden_folder
 from folders import write_chat_folder
+from goldens import golden_folder
 from internlm2 import LLM, SamplingParams
+from internlm2.checkpoint.open import open_checkpoint
 from internlm2.engine.llm import Piece
 from internlm2.engine.reward import RewardScorer
 from internlm2.errors import ChatError, CheckpointError, RequestError
@@ -81,6 +82,42 @@ def test_the_longest_length_is_kept(chat_folder):
     with pytest.raises(RequestError, match="The prompt has 12 tokens, but this model takes 12"):
         short.generate([[1] * 12])
     assert LLM(chat_folder).max_model_len is None  # dynamic scaling stretches
+
+
+def test_a_long_neighbour_does_not_shorten_an_answer(chat_folder):
+    short = LLM(chat_folder, dtype="float32", max_model_len=60)
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    prompts = [[1, 70, 71], [1, *range(60, 112)]]
+    together = short.generate(prompts, params)
+    assert together == [short.generate([prompt], params)[0] for prompt in prompts]
+    assert [len(out.token_ids) for out in together] == [57, 7]
+
+
+def test_numbers_of_torch_are_plain_numbers(llm):
+    prompt = torch.tensor([1, 70, 71])
+    out = llm.generate([prompt], SamplingParams(max_tokens=3))[0]
+    assert out == llm.generate([prompt.tolist()], SamplingParams(max_tokens=3))[0]
+    assert {type(token) for token in out.prompt_token_ids} == {int}
+
+
+def test_a_length_without_room_is_refused(chat_folder):
+    with pytest.raises(RequestError, match="max_model_len is 0"):
+        LLM(chat_folder, max_model_len=0)
+
+
+def test_a_gguf_without_a_tokenizer_is_told(monkeypatch, chat_folder):
+    monkeypatch.setattr("internlm2.engine.llm.open_checkpoint", _without_tokenizer)
+    with pytest.raises(CheckpointError, match="has weights but no tokenizer"):
+        LLM(chat_folder)
+    monkeypatch.setattr("internlm2.engine.reward.open_checkpoint", _without_tokenizer)
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        RewardScorer(chat_folder)
+
+
+def _without_tokenizer(path):
+    checkpoint = open_checkpoint(path)
+    checkpoint.tokenizer_folder = None
+    return checkpoint
 
 
 def test_without_scaling_the_trained_length_is_the_limit(chat_folder, tmp_path):

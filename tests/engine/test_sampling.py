@@ -67,6 +67,15 @@ def test_draws_follow_the_distribution():
     assert chi_square < 37.7
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_told(value, temperature):
+    logits = random_logits(0)
+    logits[3] = value
+    with pytest.raises(RequestError, match="logits are not finite"):
+        Sampler(SamplingParams(temperature=temperature), [0], vocab_size=VOCAB).next_token(logits)
+
+
 def test_a_seed_repeats_and_no_seed_varies():
     def draws(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [0], vocab_size=VOCAB)
@@ -85,6 +94,9 @@ def test_a_seed_repeats_and_no_seed_varies():
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-40}, "temperature is 1e-40"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 10**23}, "seed is 1000"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),

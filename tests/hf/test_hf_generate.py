@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 import internlm2.hf  # noqa: F401 - registers
-from conftest import GENERATE_GOLDENS, golden, golden_folder
+from goldens import GENERATE_GOLDENS, golden, golden_folder
 from internlm2.errors import RequestError
 
 

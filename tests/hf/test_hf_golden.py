@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import internlm2.hf
-from conftest import GENERATE_GOLDENS, LANGUAGE_GOLDENS, forwards, golden, golden_folder
+from goldens import GENERATE_GOLDENS, LANGUAGE_GOLDENS, forwards, golden, golden_folder
 from internlm2.model import rope
 
 ATOL = 2e-4

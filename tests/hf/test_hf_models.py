@@ -17,7 +17,7 @@ from transformers import (
 
 import internlm2
 import internlm2.hf
-from conftest import forwards, golden, golden_folder
+from goldens import forwards, golden, golden_folder
 from internlm2.errors import CheckpointError, ConfigError, RequestError
 from internlm2.hf import InternLM2Config, InternLM2ForCausalLM
 from internlm2.model import preset

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import GENERATE_GOLDENS, LANGUAGE_GOLDENS, forwards, golden, golden_folder
+from goldens import GENERATE_GOLDENS, LANGUAGE_GOLDENS, forwards, golden, golden_folder
 from internlm2 import load_model
 from internlm2.engine.generate import generate
 from internlm2.engine.sampling import SamplingParams
@@ -92,6 +92,14 @@ def test_class_logits_equal_the_official_code(with_mask):
     with torch.no_grad():
         logits = model(tensors["classification.input_ids"], attention_mask=mask)
     torch.testing.assert_close(logits, tensors["classification.logits"], atol=ATOL, rtol=0)
+
+
+def test_a_left_padded_row_is_classified_as_it_would_be_alone():
+    model = load_model(golden_folder("sequence-classification"))
+    row = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.tensor([[2, 2, 5, 6, 7]])), model(row))
+        torch.testing.assert_close(model(torch.tensor([[5, 6, 7, 2, 2]])), model(row))
 
 
 def _swap_keys_and_values(model: CausalLM) -> None:

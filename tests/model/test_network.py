@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import LANGUAGE_GOLDENS, golden_folder
+from goldens import LANGUAGE_GOLDENS, golden_folder
 from internlm2 import load_model
 from internlm2.engine.cache import DenseCache
 from internlm2.engine.generate import decode, prefill

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from internlm2.errors import CheckpointError, ConfigError
-from internlm2.model.config import Head, ModelConfig, RopeScaling
+from internlm2.model.config import MAX_NUMBER, Head, ModelConfig, RopeScaling
 
 CONFIG_FILE = "config.json"
 ARCHITECTURES: dict[Head, str] = {
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, object]:
             f"{path.parent} has no {path.name}, so it is not a model folder. Give the folder that holds "
             "config.json and the weights."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read {path}: {error}. Download that file again.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds {type(data).__name__}, but must hold a JSON object.")
@@ -178,18 +178,19 @@ def _rope_theta(data: Json) -> float:
 
 
 def _rope_scaling(data: Json) -> RopeScaling | None:
-    raw = data.get("rope_scaling") or data.get("rope_parameters")
+    raw = data.get("rope_scaling")
+    raw = data.get("rope_parameters") if raw is None else raw
     if raw is None:
         return None
     if not isinstance(raw, Mapping):
         raise ConfigError(f"rope_scaling is {raw!r}, but must be null or an object with type and factor.")
     kind = raw.get("type") or raw.get("rope_type")
-    if kind in (None, "default"):
+    if kind == "default" or (kind is None and "factor" not in raw):
         return None
     if kind not in ("linear", "dynamic"):
         raise ConfigError(f"rope_scaling type is {kind!r}, but must be 'linear' or 'dynamic'.")
     factor = raw.get("factor")
-    if not isinstance(factor, int | float) or isinstance(factor, bool):
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or factor > MAX_NUMBER:
         raise ConfigError(f"rope_scaling factor is {factor!r}, but must be a number of at least 1.")
     return RopeScaling(kind, float(factor))
 
@@ -217,6 +218,11 @@ def _token_id(data: Json, key: str) -> int | None:
     value = data.get(key)
     if isinstance(value, list):  # several end tokens: the first is the tokenizer's own
         value = value[0] if value else None
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise ConfigError(f"{key} is {value!r}, but must be a token id.")
+    if value == -1:  # how some folders write "none"
+        return None
+    if value is None:
+        return None
+    vocab_size = _Values(data).integer("vocab_size")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise ConfigError(f"{key} is {value!r}, but must be a token id from 0 to {vocab_size - 1}.")
     return value

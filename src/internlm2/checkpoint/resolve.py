@@ -28,10 +28,13 @@ def resolve_model(argument: str | Path) -> Path:
     argument: a folder, a GGUF file, `demo`, or `organisation/name` with an optional `@revision`.
     Raises CheckpointError when it is neither a path nor an id, DownloadError when it cannot be fetched.
     """
-    path = Path(argument).expanduser()
-    if path.exists():
-        return path
     text = str(argument)
+    try:
+        path = Path(argument).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError):  # too long, NUL, the home of nobody: no such file in any case
+        pass
     if text == DEMO:
         return prepare_demo(cache_root())
     if _looks_like_id(text):

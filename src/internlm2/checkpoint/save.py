@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from internlm2 import files
-from internlm2.checkpoint.config_json import CONFIG_FILE, config_to_json
-from internlm2.checkpoint.source import Checkpoint, TensorInfo, check_complete, dtype_name, parameters
+from internlm2.checkpoint.config_json import CONFIG_FILE, config_to_json, read_json
+from internlm2.checkpoint.source import Checkpoint, TensorInfo, cast, check_complete, dtype_name, parameters
 from internlm2.log import progress
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -47,10 +47,12 @@ def save_checkpoint(
     tensors = list(parameters(checkpoint))
     stored = dtype or dict(tensors)["model.tok_embeddings.weight"].dtype
     with files.new_folder(folder, need_bytes=total_bytes(tensors, dtype)) as temporary:
-        write_shards(temporary, tensors, checkpoint.read, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        write_json(temporary / CONFIG_FILE, config_to_json(checkpoint.config, dtype=dtype_name(stored)))
-        if checkpoint.tokenizer_folder is not None:
+        if (
+            checkpoint.tokenizer_folder is not None
+        ):  # first: a damaged one is told before gigabytes are written
             copy_tokenizer_files(checkpoint.tokenizer_folder, temporary)
+        write_json(temporary / CONFIG_FILE, config_to_json(checkpoint.config, dtype=dtype_name(stored)))
+        write_shards(temporary, tensors, checkpoint.read, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def total_bytes(tensors: Sequence[tuple[str, TensorInfo]], dtype: torch.dtype | None) -> int:
@@ -114,7 +116,7 @@ def _write_safetensors(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name, info in tensors:
-            tensor = read(name).to(info.dtype).contiguous()
+            tensor = cast(read(name), info.dtype, name=name).contiguous()
             assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
             report(info.num_bytes / 1e6)
@@ -126,7 +128,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
         if (source / name).is_file():
             content = (source / name).read_bytes()
             if name == "tokenizer_config.json":
-                data = json.loads(content)
+                data = read_json(source / name)
                 data.pop("auto_map", None)
                 content = json.dumps(data, indent=2, ensure_ascii=False).encode()
             (target / name).write_bytes(content)

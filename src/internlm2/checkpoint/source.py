@@ -133,6 +133,18 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:
+    """`tensor` in `dtype`. Raises CheckpointError when a finite value would become infinite."""
+    result = tensor.to(dtype)
+    narrows = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrows and bool(tensor.isfinite().all()) and not bool(result.isfinite().all()):
+        raise CheckpointError(
+            f"Tensor {name} holds values up to {tensor.abs().max():.3g}, beyond {dtype_name(dtype)}'s "
+            f"{torch.finfo(dtype).max:.4g}. Choose bfloat16 or float32."
+        )
+    return result
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32, and so on."""
     return str(dtype).removeprefix("torch.")

@@ -46,7 +46,7 @@ def _files_of_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
     files: dict[str, set[str] | None] = {}
     for tensor, file in weight_map.items():
         # NOTE: an index is a stranger's text; a name such as ../x must never lead out of the folder.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not isinstance(file, str) or Path(file).name != file or not 0 < len(file) <= 200 or file == "..":
             raise CheckpointError(
                 f"{index}: tensor {tensor} points to {file!r}, which is not a plain file name in {folder}. "
                 "This index is damaged or hostile; do not use it."
@@ -65,6 +65,11 @@ def _check_promise(path: Path, promised: set[str] | None, found: set[str]) -> No
         )
 
 
+def _check_once(path: Path, new: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo]) -> None:
+    for name in new.keys() & known.keys():
+        raise CheckpointError(f"{path}: tensor {name} is also in {known[name].file}. Remove stale shards.")
+
+
 class SafetensorsStore:
     """One or more .safetensors files. Reading maps the file; the mapping ends with the tensor."""
 
@@ -74,10 +79,7 @@ class SafetensorsStore:
         for file, promised in files.items():
             infos = self._scan(file)
             _check_promise(folder / file, promised, set(infos))
-            for name in infos.keys() & self.tensors.keys():
-                raise CheckpointError(
-                    f"{folder / file}: tensor {name} is also in {self.tensors[name].file}. Remove stale shards."
-                )
+            _check_once(folder / file, infos, self.tensors)
             self.tensors |= infos
 
     def _scan(self, file: str) -> dict[str, TensorInfo]:
@@ -117,7 +119,9 @@ class TorchBinStore:
         for file, promised in files.items():
             found = self._tensors_of(file)
             _check_promise(folder / file, promised, set(found))
-            self.tensors |= {n: TensorInfo(tuple(t.shape), t.dtype, file) for n, t in found.items()}
+            infos = {n: TensorInfo(tuple(t.shape), t.dtype, file) for n, t in found.items()}
+            _check_once(folder / file, infos, self.tensors)
+            self.tensors |= infos
 
     def _tensors_of(self, file: str) -> dict[str, torch.Tensor]:
         if self._open_file != file:
@@ -140,6 +144,11 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path}: entry {name!r} is not a tensor. Give a file that holds only weights."
             )
+        if tensor.dtype not in _SAFETENSORS_DTYPES.values() or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"{path}: tensor {name} is {tensor.layout} {tensor.dtype}; only dense float weights are read. "
+                "Give the folder as it was before quantisation."
+            )
     return data
 
 
@@ -157,7 +166,7 @@ def load_torch_object(path: Path) -> object:
         ) from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing. Download that file.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f"{path} is truncated or damaged ({_short(error)}). Download it again."
         ) from error

@@ -10,6 +10,7 @@ from internlm2.cli import options
 from internlm2.cli.options import RunFlags
 from internlm2.cli.session import COMMANDS, ChatSession
 
+USER_ERROR = 2
 WELCOME = "Type a message; /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves."
 
 
@@ -18,7 +19,7 @@ def chat(
     *,
     system: Annotated[str | None, Parameter(help="System message that opens the conversation.")] = None,
     flags: RunFlags | None = None,
-) -> None:
+) -> int:
     """Talk to a model. Piped input works too: each line is a message or a command."""
     config = options.resolve(flags)
     params = options.sampling(config)
@@ -27,12 +28,14 @@ def chat(
     if is_terminal:
         _enable_line_editing()
         print(WELCOME, file=sys.stderr)
+    all_answered = True
     for line in _lines(is_terminal):
         if line.startswith("/"):
             if not session.command(line):
-                return
+                break
         elif line.strip():
-            session.answer(line)
+            all_answered &= session.answer(line)
+    return 0 if all_answered or is_terminal else USER_ERROR
 
 
 def _enable_line_editing() -> None:

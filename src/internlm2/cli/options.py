@@ -93,7 +93,10 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
     import torch
 
     from internlm2.engine.llm import LLM
+    from internlm2.errors import RequestError
 
+    if config.threads < 0:
+        raise RequestError(f"threads is {config.threads}, but must be at least 0 (0: as torch chooses).")
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = config.device, config.dtype

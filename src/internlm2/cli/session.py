@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from internlm2 import files
 from internlm2.cli.generate import speed_per_second, stats_line
-from internlm2.errors import InternLM2Error
+from internlm2.errors import ExportError, InternLM2Error
 
 if TYPE_CHECKING:
     from internlm2.engine.llm import LLM
@@ -33,8 +33,11 @@ class ChatSession:
         self.messages: list[dict[str, object]] = []
         self._reset()
 
-    def answer(self, text: str) -> None:
-        """Answer one message on stdout. Ctrl-C stops the answer; what was said so far stays in the history."""
+    def answer(self, text: str) -> bool:
+        """Answer one message on stdout; False when it was refused.
+
+        Ctrl-C stops the answer; what was said so far stays in the history.
+        """
         self.messages.append({"role": "user", "content": text})
         said, num_tokens, first_seconds = "", 0, 0.0
         started = time.monotonic()
@@ -49,12 +52,13 @@ class ChatSession:
         except InternLM2Error as error:
             self.messages.pop()
             print(f"Error: {error}", file=sys.stderr)
-            return
+            return False
         self.messages.append({"role": "assistant", "content": said})
         print()
         if sys.stdout.isatty():
             speed = speed_per_second(num_tokens, time.monotonic() - started - first_seconds)
             print(stats_line(num_tokens, first_seconds, speed), file=sys.stderr)
+        return True
 
     def command(self, line: str) -> bool:
         """Carry out a line that starts with a slash; returns False when it is time to leave."""
@@ -87,11 +91,13 @@ class ChatSession:
         if not name:
             print("Give a file name: /save talk.json", file=sys.stderr)
             return
-        path = Path(name).expanduser()
         try:
+            path = Path(name).expanduser()
+            if path.is_dir():
+                raise ExportError(f"{path} is a folder. Give a file name: /save talk.json")
             files.check_new(path)
             files.write_text(path, json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
-        except InternLM2Error as error:
+        except (InternLM2Error, OSError, RuntimeError) as error:  # RuntimeError: ~nobody has no home
             print(f"Error: {error}", file=sys.stderr)
             return
         print(f"(saved to {path})", file=sys.stderr)

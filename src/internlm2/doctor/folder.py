@@ -179,7 +179,7 @@ def _template(folder: Path, tokenizer: Tokenizer, findings: list[Finding]) -> No
 def chat_template(folder: Path) -> str | None:
     """The Jinja text of a folder's chat template; None when it has none."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     try:
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
     except InternLM2Error:

@@ -37,14 +37,17 @@ class DenseCache:
         if num_tokens <= slots:
             return
         more = min(self.capacity, max(num_tokens, 2 * slots)) - slots
-        self.keys, self.values = (
-            torch.cat((old, old.new_zeros(*old.shape[:2], more, *old.shape[3:])), dim=2)
-            for old in (self.keys, self.values)
-        )
+        # One after the other, so that the old keys are gone before the values are copied.
+        self.keys = _longer(self.keys, more)
+        self.values = _longer(self.values, more)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Drop all rows but those in `rows` (int64), in that order."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+def _longer(block: torch.Tensor, num_slots: int) -> torch.Tensor:
+    return torch.cat((block, block.new_zeros(*block.shape[:2], num_slots, *block.shape[3:])), dim=2)
 
 
 class CacheAttend:

@@ -4,6 +4,7 @@ Each sequence has one rotary base, fixed by its own length limit when it starts 
 state). Prompts enter in chunks, so memory grows with the prompt and not with its square.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,16 +45,17 @@ class Step:
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    params: SamplingParams | Sequence[SamplingParams],
     *,
     stop_ids: frozenset[int] = frozenset(),
     vocab_size: int | None = None,
 ) -> list[Completion]:
     """Complete each prompt of ids; results in prompt order.
 
-    stop_ids: the model's own end tokens, ignored under `params.ignore_eos`. vocab_size: how many ids the tokenizer
-    has, where the embedding has more rows; the others are never produced. Raises RequestError for an empty
-    prompt or ids outside the vocabulary, MemoryBudgetError when the keys and values cannot fit.
+    params: for all prompts, or one for each. stop_ids: the model's own end tokens, ignored under
+    `params.ignore_eos`. vocab_size: how many ids the tokenizer has, where the embedding has more rows; the others
+    are never produced. Raises RequestError for an empty prompt or ids outside the vocabulary, MemoryBudgetError
+    when the keys and values cannot fit.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length"] * len(prompts)
@@ -69,7 +71,7 @@ def generate(
 def stream(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    params: SamplingParams | Sequence[SamplingParams],
     *,
     stop_ids: frozenset[int] = frozenset(),
     vocab_size: int | None = None,
@@ -79,22 +81,25 @@ def stream(
     check_prompts(prompts, vocab_size=vocab_size)
     if not prompts:
         return
-    stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else stop_ids)
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    assert len(each) == len(prompts)
+    stops = [_stops(p, stop_ids, vocab_size=vocab_size) for p in each]
     device = model.model.tok_embeddings.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    limits = lengths + params.max_tokens
+    limits = lengths + torch.tensor([p.max_tokens for p in each], device=device)
     cache = _new_cache(model, num_rows=len(prompts), capacity=int(limits.max()))
-    samplers = [Sampler(params, p, vocab_size=vocab_size) for p in prompts]
+    samplers = [Sampler(p, ids, vocab_size=vocab_size) for p, ids in zip(each, prompts, strict=True)]
     rows = list(range(len(prompts)))  # cache row -> prompt
     logits = torch.cat([prefill(model, cache, p, limits[i], row=i) for i, p in enumerate(prompts)])  # (B, V)
-    for num_done in range(1, params.max_tokens + 1):
+    for num_done in itertools.count(1):
         alive: list[int] = []
         chosen: list[int] = []
         for i, row in enumerate(rows):
-            if num_done <= params.min_tokens and stops:
-                logits[i, list(stops)] = -torch.inf
+            if num_done <= each[row].min_tokens and stops[row]:
+                logits[i, list(stops[row])] = -torch.inf
             token = samplers[row].next_token(logits[i])
-            reason = "stop" if token in stops else "length" if num_done == params.max_tokens else None
+            is_last = num_done == each[row].max_tokens
+            reason = "stop" if token in stops[row] else "length" if is_last else None
             yield Step(row, token, reason)
             if reason is None:
                 alive.append(i)
@@ -163,6 +168,14 @@ def _new_cache(model: CausalLM, *, num_rows: int, capacity: int) -> DenseCache:
     return DenseCache(
         model.config, num_rows=num_rows, capacity=capacity, dtype=weight.dtype, device=weight.device
     )
+
+
+def _stops(params: SamplingParams, stop_ids: frozenset[int], *, vocab_size: int) -> frozenset[int]:
+    for token in params.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"stop_token_ids holds {token}, but ids go from 0 to {vocab_size - 1}.")
+    own = frozenset() if params.ignore_eos else stop_ids
+    return own | frozenset(params.stop_token_ids)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:

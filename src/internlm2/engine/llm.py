@@ -5,6 +5,7 @@ BOS is added to text prompts, as the official tokenizer does; chats end at `</s>
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 
 from internlm2.checkpoint.load import load_checkpoint, require_head
@@ -77,6 +78,10 @@ class LLM:
         check_vocabulary(self.tokenizer, checkpoint.config.vocab_size, where=str(checkpoint.path))
         model = load_checkpoint(checkpoint, dtype=dtype, device=device, rope_mode=rope_mode)
         self.model = require_head(model, CausalLM, use="generating text")
+        if max_model_len is not None and max_model_len < 2:
+            raise RequestError(
+                f"max_model_len is {max_model_len}, but must hold a prompt and an answer: 2 or more."
+            )
         self.max_model_len = _longest(self.model) if max_model_len is None else max_model_len
 
     def generate(
@@ -92,11 +97,10 @@ class LLM:
         encoded = [self.encode(prompt) for prompt in prompts]
         if params.stop:  # stop strings are found in text, so these prompts are followed one by one
             return [self._collect(ids, params) for ids in encoded]
-        longest = max((len(ids) for ids in encoded), default=0)
         completions = generate(
             self.model,
             encoded,
-            self._fit(params, longest),
+            [self._fit(params, len(ids)) for ids in encoded],
             stop_ids=self.tokenizer.stop_ids,
             vocab_size=self.tokenizer.vocab_size,
         )
@@ -150,7 +154,9 @@ class LLM:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt: text gets BOS, ids stay."""
-        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        return [index(token) for token in prompt]  # numbers of numpy or torch become plain ones
 
     def _collect(self, ids: list[int], params: SamplingParams) -> Output:
         pieces = list(self.stream(ids, params))

@@ -38,9 +38,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "from 0 to max_tokens")
-        _check(
-            _finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "at least 0"
-        )
+        is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
+        _check(is_usable, "temperature", self.temperature, "0 (greedy) or from 0.0001 to 10000")
+        _check(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "from 0 to 2^63 - 1")
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
@@ -77,6 +77,11 @@ class Sampler:
     def next_token(self, logits: torch.Tensor) -> int:
         """Choose from logits (V,) float32 on any device, and remember the choice."""
         logits = penalise(logits[: self._seen.numel()].cpu(), self._seen, self.params.repetition_penalty)
+        if not math.isfinite(logits.max()):
+            raise RequestError(
+                "The model's logits are not finite, so no token can be chosen. In float16 values overflow easily: "
+                "try bfloat16 or float32. Otherwise the weights are damaged."
+            )
         if self.params.temperature == 0:
             token = int(logits.argmax())
         else:

@@ -26,6 +26,7 @@ from internlm2.hf.attend import CachedAttend, InternLM2Attention, attention_func
 from internlm2.hf.chat import ChatMixin
 from internlm2.hf.configuration import InternLM2Config
 from internlm2.model.attention import Attend
+from internlm2.model.heads import at_last_attended, mask_of_padding
 from internlm2.model.layers import DecoderLayer
 from internlm2.model.rope import Rotary, rotary
 from internlm2.model.transformer import Transformer, run_layers
@@ -293,22 +294,6 @@ class InternLM2ForSequenceClassification(InternLM2PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def mask_of_padding(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """1 before the first pad token of each row, (B, T); a row that begins with padding is padded left."""
-    is_pad = input_ids == pad_token_id
-    before = is_pad.long().cumsum(-1) == 0
-    left_padding = (~is_pad).long().cumsum(-1) == 0
-    return torch.where(is_pad[:, :1], ~left_padding, before).long()
-
-
-def at_last_attended(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """hidden: (B, T, C) -> (B, C), at the last attended position of each row."""
-    if attention_mask is None:
-        return hidden[:, -1]
-    last = attention_mask.long().cumsum(-1).argmax(-1)  # (B,)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
 
 
 def _positions(

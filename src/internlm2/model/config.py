@@ -14,6 +14,11 @@ Head = Literal["language", "reward", "value", "classification"]
 # `[UNUSED_TOKEN_130]`: the token whose output the published reward models score.
 REWARD_TOKEN_ID = 92527
 
+# Far beyond any model; what is larger is a damaged file, and would exhaust memory before it is noticed.
+MAX_SIZE = 1 << 31
+MAX_LAYERS = 10_000
+MAX_NUMBER = 1e30
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -84,15 +89,16 @@ class ModelConfig:
 
     def _check_value(self, name: str, value: object) -> None:
         if name.startswith(("vocab_", "hidden_", "intermediate_", "num_", "max_")):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least 1.")
+            limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise ConfigError(f"{name} is {_short(value)}, but must be a whole number from 1 to {limit}.")
         elif name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name} is {value!r}, but must be a finite number above 0.")
+            if not is_number or not 0 < value <= MAX_NUMBER:
+                raise ConfigError(f"{name} is {_short(value)}, but must be a finite number above 0.")
         elif name == "head_dim":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"head_dim is {value!r}, but must be a whole number above 0.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
+                raise ConfigError(f"head_dim is {_short(value)}, but must be a whole number above 0.")
         elif name in ("bias", "tie_word_embeddings") and not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}, but must be true or false.")
 
@@ -105,6 +111,11 @@ class ModelConfig:
     def qkv_size(self) -> int:
         """Rows of the fused wqkv: (H + 2 K) D."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of over 30 digits"
+    return text[:80]
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -80,6 +80,22 @@ class Model(nn.Module):
         init_weights(self, self.config.initializer_range, generator)
 
 
+def mask_of_padding(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """1 before the first pad token of each row, (B, T); a row that begins with padding is padded left."""
+    is_pad = input_ids == pad_token_id
+    before = is_pad.long().cumsum(-1) == 0
+    left_padding = (~is_pad).long().cumsum(-1) == 0
+    return torch.where(is_pad[:, :1], ~left_padding, before).long()
+
+
+def at_last_attended(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """hidden: (B, T, C) -> (B, C), at the last attended position of each row."""
+    if attention_mask is None:
+        return hidden[:, -1]
+    last = attention_mask.long().cumsum(-1).argmax(-1)  # (B,)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last.to(hidden.device)]
+
+
 class CausalLM(Model):
     """Language model: logits of the next token."""
 
@@ -137,10 +153,7 @@ class RewardModel(ValueModel):
     def forward(self, input_ids: torch.Tensor, *, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Scores (B,) float32. input_ids: (B, T), each ending with `config.reward_token_id`, padded right."""
         values = super().forward(input_ids, attention_mask=attention_mask)  # (B, T)
-        if attention_mask is None:
-            return values[:, -1]
-        last = attention_mask.long().cumsum(-1).argmax(-1)  # (B,)
-        return values.gather(1, last[:, None])[:, 0]
+        return at_last_attended(values[..., None], attention_mask)[:, 0]
 
 
 class SequenceClassifier(Model):
@@ -153,11 +166,10 @@ class SequenceClassifier(Model):
     def forward(self, input_ids: torch.Tensor, *, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, num_labels) float32. Without a mask, everything from the first pad token on is padding."""
         if attention_mask is None:
-            is_pad = input_ids == (-1 if self.config.pad_token_id is None else self.config.pad_token_id)
-            attention_mask = (is_pad.long().cumsum(-1) == 0).long()
+            pad_id = self.config.pad_token_id
+            attention_mask = mask_of_padding(input_ids, -1 if pad_id is None else pad_id)
         hidden = self.hidden_states(input_ids, attention_mask=attention_mask)
-        last = attention_mask.long().cumsum(-1).argmax(-1)  # (B,)
-        return self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last]).float()
+        return self.score(at_last_attended(hidden, attention_mask)).float()
 
 
 HEADS: dict[str, type[Model]] = {

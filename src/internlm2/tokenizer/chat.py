@@ -71,7 +71,13 @@ def render(
     if toolset.has_interpreter:
         tool_turns.append(_system(INTERPRETER_NAME, INTERPRETER_USAGE))
     if toolset.plugins:
-        tool_turns.append(_system(PLUGIN_NAME, json.dumps(toolset.plugins, ensure_ascii=False, default=dict)))
+        try:
+            body = json.dumps(toolset.plugins, ensure_ascii=False, default=dict)
+        except (TypeError, ValueError) as error:
+            raise ChatError(
+                f"tools cannot be written as JSON: {error}. Give plain dicts, lists and texts."
+            ) from error
+        tool_turns.append(_system(PLUGIN_NAME, body))
     place = 1 if turns[0].role == "system" else 0
     turns[place:place] = tool_turns
     if continue_final and turns[-1].role != "assistant":

@@ -8,6 +8,7 @@ split over chunks. A call that cannot be read is kept as `InvalidCall` with all 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Protocol
 
 from internlm2.tokenizer.chat_message import CodeCall, PluginCall
@@ -161,7 +162,7 @@ class AssistantParser:
     def push(self, ids: int | Iterable[int]) -> str:
         """Add ids; return the answer's new text, without calls."""
         shown: list[str] = []
-        for i in [ids] if isinstance(ids, int) else ids:
+        for i in map(index, [ids] if isinstance(ids, int) else ids):
             if self._machine.ended:
                 break
             if i in self._stop_ids or i in self._markers:

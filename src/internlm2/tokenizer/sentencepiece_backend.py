@@ -87,14 +87,12 @@ class SentencePieceBackend:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`, equal to those of raw sentencepiece."""
-        if self._cuts is None:
-            return self._processor.encode(text)
-        blocks = self._cuts.blocks(text)
-        if len(blocks) == 1:
+        cuts = self._cuts
+        if cuts is None or len(text) <= cuts.max_whole_characters:
             return self._processor.encode(text)
         # NOTE: one call with the list of blocks costs more than one call per block: it starts a thread pool.
         ids: list[int] = []
-        for block in blocks:
+        for block in cuts.blocks(text):
             ids += self._processor.encode(block)
         return ids
 

@@ -63,6 +63,9 @@ class FolderConfig:
     default_system: str | None
 
 
+MAX_ADDED_TOKENS = 10_000
+
+
 def read_config(folder: Path) -> FolderConfig:
     """Read tokenizer_config.json; an absent file says nothing. Raises TokenizerError when it is damaged."""
     path = folder / "tokenizer_config.json"
@@ -72,17 +75,18 @@ def read_config(folder: Path) -> FolderConfig:
             data = json.loads(path.read_text(encoding="utf-8"))
             added = data.get("added_tokens_decoder") or {}
             added_tokens = {int(i): _text(token) for i, token in added.items()}
+            named = [_text(data.get(key)) for key in ("bos_token", "eos_token", "pad_token")]
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise TokenizerError(
                 f"Cannot read {path}: {error}. It must be a JSON object; download or copy it again."
             ) from error
     else:
-        added_tokens = {}
+        added_tokens, named = {}, [None, None, None]
     return FolderConfig(
         added_tokens={i: token for i, token in added_tokens.items() if token is not None},
-        bos_token=_text(data.get("bos_token")),
-        eos_token=_text(data.get("eos_token")),
-        pad_token=_text(data.get("pad_token")),
+        bos_token=named[0],
+        eos_token=named[1],
+        pad_token=named[2],
         add_bos_token=data.get("add_bos_token"),
         default_system=data.get("default_system_prompt"),
     )
@@ -90,7 +94,10 @@ def read_config(folder: Path) -> FolderConfig:
 
 def _text(token: str | Mapping[str, str] | None) -> str | None:
     """A token is written as text or as an object that holds it under "content"."""
-    return token["content"] if isinstance(token, Mapping) else token
+    content = token["content"] if isinstance(token, Mapping) else token
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"a token is written as {content!r}, but must be a text")
+    return content
 
 
 def find(
@@ -115,6 +122,12 @@ def find(
         # NOTE: transformers 5 saves `<|im_start|>` under 92549, beyond the embedding: the vocabulary wins.
         if content in ids or not MARKER.fullmatch(content):
             continue
+        is_spare = i in special_ids or len(tokens) <= i < len(tokens) + MAX_ADDED_TOKENS
+        if not is_spare:
+            raise TokenizerError(
+                f"tokenizer_config.json gives {content!r} the id {i}, which belongs to another token or lies far "
+                f"outside the vocabulary of {len(tokens)}. Download or copy that file again."
+            )
         ids[content] = i
         names[i] = content
 

@@ -6,6 +6,7 @@ texts; both are held back until they are decided. What comes out joined equals d
 
 import codecs
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import index
 
 from internlm2.errors import TokenizerError
 
@@ -37,7 +38,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
     def _bytes(self, ids: Iterable[int]) -> Iterable[bytes]:
-        for i in ids:
+        for i in map(index, ids):  # numbers of numpy or torch would not be found among the names
             if not 0 <= i < len(self._token_bytes):
                 raise TokenizerError(unknown_id(i, len(self._token_bytes)))
             if i in self._names:

@@ -79,7 +79,7 @@ class Tokenizer:
                 pieces.tokens,
                 pieces.special_ids,
                 config,
-                bos_id=pieces.bos_id,
+                bos_id=None if config.add_bos_token is False else pieces.bos_id,
                 eos_id=pieces.eos_id,
                 pad_id=pieces.pad_id,
             )
@@ -172,7 +172,8 @@ class Tokenizer:
         return results
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        check_type(text)
+        if not isinstance(text, str):
+            check_type(text)
         try:
             return self.backend.encode_ordinary(text)
         except Exception:  # whatever a library raises for a lone surrogate; asking before costs time

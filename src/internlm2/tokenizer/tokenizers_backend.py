@@ -41,7 +41,12 @@ class TokenizersBackend:
         self._added: Mapping[int, str] = {i: token["content"] for i, token in added.items()}
         self._decoders = decoders
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.tokens: list[str] = [""] * (1 + max(vocabulary.values(), default=-1))
+        num_ids = 1 + max(vocabulary.values(), default=-1)
+        if num_ids > 2 * len(vocabulary) + 10_000:  # a few gaps are usual, a table of gigabytes is an attack
+            raise TokenizerError(
+                f"{where} has {len(vocabulary)} tokens, but ids up to {num_ids - 1}. Download or copy it again."
+            )
+        self.tokens: list[str] = [""] * num_ids
         for token, i in vocabulary.items():
             self.tokens[i] = token
         marked = {i for i, token in added.items() if token["special"]}

@@ -66,7 +66,7 @@ def is_chat_folder(folder: Path) -> bool:
 def folder_template(folder: Path) -> str | None:
     """The chat template of a folder, from chat_template.jinja or tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     if not (folder / "tokenizer_config.json").is_file():
         return None
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
