@@ -173,6 +173,14 @@ class TestReward:
         assert ids[-1] == scorer.model.config.reward_token_id
         assert ids[:-1] == scorer.tokenizer.apply_chat(self.talks()[0], add_generation_prompt=False)
 
+    def test_an_answer_is_encoded_with_its_header_as_the_official_code_does(self, scorer, official_folder):
+        tokenizer = internlm2.Tokenizer.from_pretrained(official_folder)
+        talk = [{"role": "assistant", "content": "\nHello"}]
+        ids = tokenizer.apply_chat(talk, add_generation_prompt=False, whole_turns=True)
+        whole = tokenizer.encode(tokenizer.render_chat(talk, add_generation_prompt=False), allow_special=True)
+        assert ids == whole
+        assert ids != tokenizer.apply_chat(talk, add_generation_prompt=False)  # a line break merges here
+
     def test_a_batch_scores_as_each_alone(self, scorer):
         together = scorer.scores(self.talks())
         alone = [scorer.scores([talk])[0] for talk in self.talks()]

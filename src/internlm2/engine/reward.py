@@ -36,7 +36,7 @@ class RewardScorer:
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation as the reward model reads it, the reward token last."""
-        ids = self.tokenizer.apply_chat(conversation, add_generation_prompt=False)
+        ids = self.tokenizer.apply_chat(conversation, add_generation_prompt=False, whole_turns=True)
         reward_id = self.model.config.reward_token_id
         return ids if ids[-1] == reward_id else [*ids, reward_id]
 

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 from internlm2.hf.configuration import InternLM2Config
 from internlm2.hf.modeling import InternLM2Model, InternLM2PreTrainedModel, at_last_attended
 from internlm2.hf.prompts import Conversation
+from internlm2.hf.tokenization import InternLM2Tokenizer
 from internlm2.model.config import REWARD_TOKEN_ID
 
 
@@ -110,7 +111,10 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
 
     def _ids(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
         messages = [{key: str(value) for key, value in message.items()} for message in conversation]
-        encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)
-        assert isinstance(encoding, BatchEncoding)
-        ids: list[int] = encoding["input_ids"]
+        if isinstance(tokenizer, InternLM2Tokenizer):
+            ids = tokenizer.internlm2.apply_chat(messages, add_generation_prompt=False, whole_turns=True)
+        else:
+            encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)
+            assert isinstance(encoding, BatchEncoding)
+            ids = encoding["input_ids"]
         return ids if ids[-1] == self.reward_token_id else [*ids, self.reward_token_id]

@@ -204,7 +204,8 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
         With InternLM2's own template, control tokens spelled in messages stay text and tools are shown to the
         model. Another `chat_template` goes through transformers. Raises ChatError for what is none.
         """
-        if chat_template is not None or not self._own_template or self.chat_template != self._own_template:
+        is_own = bool(self._own_template) and self.chat_template == self._own_template
+        if chat_template is not None or not is_own:
             return super().apply_chat_template(
                 conversation,  # pyrefly: ignore[bad-argument-type] - lists there, sequences here
                 tools=tools,  # pyrefly: ignore[bad-argument-type]
@@ -236,13 +237,18 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
             with_masks=return_assistant_tokens_mask,
         )
         if padding:
-            masks = rows.pop("assistant_masks", None)
-            rows = dict(self.pad(rows, padding=padding, max_length=max_length))
-            if masks is not None:
-                rows["assistant_masks"] = pad_masks(masks, rows["input_ids"], side=self.padding_side)
-        data = rows if is_batch or return_tensors else {key: value[0] for key, value in rows.items()}
-        encoding = BatchEncoding(data, tensor_type=return_tensors)
+            rows = self._padded(rows, padding=padding, max_length=max_length)
+        if not is_batch and not return_tensors:
+            rows = {key: value[0] for key, value in rows.items()}
+        encoding = BatchEncoding(rows, tensor_type=return_tensors)
         return encoding if return_dict else encoding["input_ids"]
+
+    def _padded(self, rows: dict[str, Any], *, padding: bool | str, max_length: int | None) -> dict[str, Any]:
+        masks = rows.pop("assistant_masks", None)
+        rows = dict(self.pad(rows, padding=padding, max_length=max_length))
+        if masks is not None:
+            rows["assistant_masks"] = pad_masks(masks, rows["input_ids"], side=self.padding_side)
+        return rows
 
     def _cut(self, max_length: int | None) -> slice:
         if max_length is None or self.truncation_side == "right":

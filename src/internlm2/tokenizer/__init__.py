@@ -1,8 +1,8 @@
 """Text <-> ids: tokenizer, chat format, incremental decoding, export. No torch here."""
 
-from internlm2.tokenizer.chat import ChatTokens
-from internlm2.tokenizer.chat_message import CodeCall, Message, PluginCall, Tool
-from internlm2.tokenizer.chat_parse import (
+from internlm2.tokenizer.chat.format import ChatTokens
+from internlm2.tokenizer.chat.message import CodeCall, Message, PluginCall, Tool
+from internlm2.tokenizer.chat.parse import (
     AssistantParser,
     AssistantTextParser,
     AssistantTurn,

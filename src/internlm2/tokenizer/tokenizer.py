@@ -13,9 +13,9 @@ from typing import Protocol
 
 from internlm2.errors import ChatError, TokenizerError
 from internlm2.tokenizer import special
-from internlm2.tokenizer.chat import ChatTokens, Segment, render
-from internlm2.tokenizer.chat_message import Message, Tool
-from internlm2.tokenizer.chat_parse import AssistantParser, AssistantTurn
+from internlm2.tokenizer.chat.format import ChatTokens, Segment, render
+from internlm2.tokenizer.chat.message import Message, Tool
+from internlm2.tokenizer.chat.parse import AssistantParser, AssistantTurn
 from internlm2.tokenizer.sentencepiece_backend import SentencePieceBackend
 from internlm2.tokenizer.special import IM_START, SpecialTokens
 from internlm2.tokenizer.stream import StreamDecoder, unknown_id
@@ -253,15 +253,19 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         *,
         continue_final: bool = False,
+        whole_turns: bool = False,
     ) -> list[int]:
         """Ids of a conversation, with the start id, ready for the model to answer.
 
         messages: OpenAI-style dicts with role, content and perhaps name, tool_calls, tool_call_id.
         tools: OpenAI-style tools, bare function dicts, or {"type": "code_interpreter"}.
         continue_final: leave the last message, of the assistant, open for the model to continue.
+        whole_turns: encode the assistant's header and words as one text, as reward models are given them.
         Raises ChatError for what is not a conversation.
         """
-        segments = self._render(messages, tools, add_generation_prompt, continue_final)
+        segments = self._render(
+            messages, tools, add_generation_prompt, continue_final, whole_turns=whole_turns
+        )
         return self._chat_tokens(segments).ids
 
     def render_chat(
@@ -299,6 +303,8 @@ class Tokenizer:
         tools: Sequence[Tool] | None,
         add_generation_prompt: bool,
         continue_final: bool,
+        *,
+        whole_turns: bool = False,
     ) -> list[Segment]:
         segments = render(
             messages,
@@ -306,6 +312,7 @@ class Tokenizer:
             default_system=self.default_system,
             add_generation_prompt=add_generation_prompt,
             continue_final=continue_final,
+            whole_turns=whole_turns,
         )
         missing = {s.text for s in segments if s.is_special and s.text not in self.specials.ids}
         if missing:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from internlm2.errors import ChatError
-from internlm2.tokenizer.chat_message import (
+from internlm2.tokenizer.chat.message import (
     INTERPRETER_NAME,
     PLUGIN_NAME,
     CodeCall,
@@ -57,10 +57,12 @@ def render(
     default_system: str | None = None,
     add_generation_prompt: bool = True,
     continue_final: bool = False,
+    whole_turns: bool = False,
 ) -> list[Segment]:
     """The segments of a conversation, without the start id.
 
-    default_system: the system message of models that put one where the user gives none.
+    whole_turns: make the assistant's header and words one text too, as the official code does where nothing is
+    generated (reward models). default_system: the system message of models that put one where the user gives none.
     Raises ChatError for messages or tools that do not form a conversation.
     """
     toolset = read_tools(tools)
@@ -87,7 +89,7 @@ def render(
     segments: list[Segment] = []
     for n, turn in enumerate(turns):
         is_open = continue_final and n == len(turns) - 1
-        segments.extend(_turn_segments(turn, is_open=is_open))
+        segments.extend(_turn_segments(turn, is_open=is_open, whole_turns=whole_turns))
     if add_generation_prompt and not continue_final:
         segments += [Segment(IM_START, is_special=True), Segment("assistant\n")]
     return segments
@@ -97,7 +99,7 @@ def _system(name: str | None, content: str) -> Turn:
     return Turn(role="system", name=name, content=content, calls=(), has_loss=False)
 
 
-def _turn_segments(turn: Turn, *, is_open: bool) -> list[Segment]:
+def _turn_segments(turn: Turn, *, is_open: bool, whole_turns: bool) -> list[Segment]:
     segments = [Segment(IM_START, is_special=True)]
     header = turn.role
     # The name of a user comes from outside and stays text, whatever it spells.
@@ -106,14 +108,14 @@ def _turn_segments(turn: Turn, *, is_open: bool) -> list[Segment]:
         header = ""
     elif turn.name is not None:
         header = f"{header} name={turn.name}"
-    if turn.role != "assistant":
+    if turn.role != "assistant" or whole_turns:
         segments.append(Segment(f"{header}\n{turn.content}"))
     else:
         segments.append(Segment(f"{header}\n"))
         if turn.content:
             segments.append(Segment(turn.content, has_loss=turn.has_loss))
-        for call in turn.calls:
-            segments.extend(_call_segments(call, has_loss=turn.has_loss))
+    for call in turn.calls:
+        segments.extend(_call_segments(call, has_loss=turn.has_loss))
     if not is_open:
         segments += [Segment(IM_END, is_special=True, has_loss=turn.has_loss), Segment("\n")]
     return segments

@@ -1,4 +1,4 @@
-"""Reads what the assistant says: text, plugin calls, code to run. The counterpart of chat.py.
+"""Reads what the assistant says: text, plugin calls, code to run. The counterpart of format.py.
 
 Control tokens decide, not their spelling: from ids, a call begins only at the real `<|action_start|>`.
 Where only text is at hand (another server), `AssistantTextParser` finds the markers, also when they are
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Protocol
 
-from internlm2.tokenizer.chat_message import CodeCall, PluginCall
+from internlm2.tokenizer.chat.message import CodeCall, PluginCall
 from internlm2.tokenizer.special import ACTION_END, ACTION_START, IM_END, INTERPRETER, PLUGIN
 from internlm2.tokenizer.stream import StopStrings, StreamDecoder
 
