@@ -105,10 +105,10 @@ def _first_problem(error: cattrs.errors.BaseValidationError) -> str:
         for inner, note in error.group_exceptions()[0]:
             if isinstance(inner, cattrs.errors.BaseValidationError):
                 return _first_problem(inner)
+            if isinstance(inner, KeyError):
+                return f"key {note.name!r} is missing"
             return f"key {note.name!r} {inner}"
     for inner in error.exceptions:
         if isinstance(inner, InternLM2Error):
             return str(inner)
-        if isinstance(inner, TypeError):  # a field without default is absent
-            return str(inner).split("() ")[-1]
     return str(error.exceptions[0])
