@@ -182,3 +182,12 @@ def test_two_at_once_end_with_one_model(small_demo, tmp_path):
     assert found[0] == found[1]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [found[0].name]
     assert open_checkpoint(found[0]).config.vocab_size == 258
+
+
+def test_its_system_message_survives_gguf(demo_folder, tmp_path):
+    write_gguf(open_checkpoint(demo_folder), tmp_path / "demo.gguf", dtype="q8_0")
+    again = GGUFCheckpoint(tmp_path / "demo.gguf")
+    messages = [{"role": "user", "content": "Hello"}]
+    assert again.tokenizer_folder is not None
+    found = Tokenizer.from_pretrained(again.tokenizer_folder).apply_chat(messages)
+    assert found == Tokenizer.from_pretrained(demo_folder).apply_chat(messages)

@@ -72,6 +72,7 @@ def test_version():
         ("temperature is -1.0", ["generate", "demo", "x", "--temperature", "-1"]),
         ("No prompt. Write it after the model", ["generate", "demo"]),
         ("Invalid value", ["generate", "demo", "x", "--max-tokens", "many"]),
+        ("threads is 100000", ["generate", "demo", "x", "--threads", "100000"]),
         ("threads is -1", ["generate", "demo", "x", "--threads", "-1"]),
         ("device is 'meta'", ["generate", "demo", "x", "--device", "meta"]),
         ("context is -5", ["model", "info", "7b", "--context", "-5"]),
@@ -303,3 +304,36 @@ def test_run_returns_the_exit_code_of_a_command(monkeypatch):
 def test_the_source_tree_names_no_path_of_a_machine():
     root = Path(cli.__file__).parents[3]
     assert not [p for p in root.rglob("src/**/*.py") if "/home/" in p.read_text(encoding="utf-8")]
+
+
+class TestStreams:
+    """Closed pipes, full disks and strange encodings end in a sentence, not in a traceback."""
+
+    @pytest.mark.parametrize(
+        ("command", "code"),
+        [
+            ("internlm2 model info 7b >&-", 0),
+            ("internlm2 generate demo <&-", 2),
+            ("internlm2 model info 7b >/dev/full", 2),
+            ("internlm2 --help | head -1; exit ${{PIPESTATUS[0]}}", 0),
+            ("XDG_CACHE_HOME=/proc/x internlm2 model info demo", 2),
+            ("printf 'caf\\xe9' | PYTHONIOENCODING=utf-8:strict internlm2 model info 7b", 0),
+            (
+                "printf 'caf\\xe9' | PYTHONIOENCODING=utf-8:strict internlm2 generate {folder} --max-tokens 1",
+                0,
+            ),
+            ("PYTHONIOENCODING=ascii internlm2 generate {folder} '说😀' --max-tokens 3", 0),
+        ],
+    )
+    def test_streams(self, command, code, chat_folder):
+        line = command.format(folder=chat_folder).replace("internlm2 ", f"{sys.executable} -m internlm2 ", 1)
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == code, done.stderr
+
+    def test_a_folder_called_demo_does_not_hide_the_model(self, tmp_path, demo):
+        (tmp_path / "demo").mkdir()
+        done = subprocess.run(
+            [*COMMAND, "model", "info", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

@@ -29,14 +29,14 @@ def resolve_model(argument: str | Path) -> Path:
     Raises CheckpointError when it is neither a path nor an id, DownloadError when it cannot be fetched.
     """
     text = str(argument)
+    if text == DEMO:  # a folder of that name is ./demo
+        return prepare_demo(cache_root())
     try:
         path = Path(argument).expanduser()
-        if path.exists():
+        if text and path.exists():
             return path
     except (OSError, RuntimeError, ValueError):  # too long, NUL, the home of nobody: no such file in any case
         pass
-    if text == DEMO:
-        return prepare_demo(cache_root())
     if _looks_like_id(text):
         return download(text)
     raise CheckpointError(

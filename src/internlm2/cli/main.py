@@ -1,11 +1,14 @@
 """`internlm2`: the words that the user types. Commands load when called, so that `--help` is quick.
 
-Exit codes: 0 done, 1 our bug (with a traceback), 2 something the user can mend, 130 interrupted.
+Exit codes: 0 done, 1 our bug (with a traceback) or a finding of `doctor`, 2 something the user can mend,
+130 interrupted.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cyclopts import App, CycloptsError
 
@@ -23,9 +26,14 @@ app = App(
     help_epilogue="Examples:\n\n  internlm2 chat demo\n\n  internlm2 generate demo 'The capital of France is'\n\n"
     "  internlm2 doctor path/to/internlm2-chat-7b",
 )
-app.command("internlm2.cli.chat:chat", help="Talk to a model.")
-app.command("internlm2.cli.generate:generate", help="Complete a prompt, or answer one message.")
-app.command("internlm2.cli.doctor:doctor", help="Examine your installation and a model folder.")
+app.command("internlm2.cli.chat:chat", help="Talk to a model. Piped input works too: each line is a message.")
+app.command(
+    "internlm2.cli.generate:generate",
+    help="Complete a prompt, or answer one message; both may be piped.",
+)
+app.command(
+    "internlm2.cli.doctor:doctor", help="Examine your installation and a model folder. Exit code 1: wrong."
+)
 model_app = App(name="model", help="Download, examine, convert and export models.", help_epilogue="")
 model_app.command("internlm2.cli.model:download", help="Fetch a model, continuing an earlier try.")
 model_app.command("internlm2.cli.model:info", help="Sizes, parameters and memory of a model.")
@@ -36,6 +44,7 @@ app.command(model_app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    _prepare_streams()
     log.configure(verbosity=1 if os.environ.get("INTERNLM2_DEBUG") else 0)
     # NOTE: before torch loads OpenMP. Its threads spin for long while they wait, and decoding collapses as soon as
     # another program wants a core; a short spin keeps most of the speed in both cases (results/threads.md).
@@ -43,7 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run(arguments))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def _prepare_streams() -> None:
+    """Streams that are closed lead nowhere; text is UTF-8, and what a terminal cannot show is replaced."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one for each way to end
     """As `main`, but returns the exit code."""
     try:
         result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
@@ -59,6 +80,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; a second complaint at exit would only be noise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        # What the rooms could not foresee: a folder that may not be read, a full disk behind standard output.
+        print(f"Error: {error.filename or 'output'}: {error.strerror or error}.", file=sys.stderr)
+        return USER_ERROR
+    except SystemExit:  # rich leaves this way when the reader of a help page is gone
         return 0
     return result if isinstance(result, int) else 0
 

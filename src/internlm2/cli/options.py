@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from internlm2.engine.llm import LLM
     from internlm2.engine.sampling import SamplingParams
 
+MAX_THREADS = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -95,8 +97,10 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
     from internlm2.engine.llm import LLM
     from internlm2.errors import RequestError
 
-    if config.threads < 0:
-        raise RequestError(f"threads is {config.threads}, but must be at least 0 (0: as torch chooses).")
+    if not 0 <= config.threads <= MAX_THREADS:
+        raise RequestError(
+            f"threads is {config.threads}, but must be from 0 (as torch chooses) to {MAX_THREADS}."
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = config.device, config.dtype

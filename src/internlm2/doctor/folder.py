@@ -8,7 +8,9 @@ from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.source import Checkpoint, check_complete
 from internlm2.doctor.finding import Finding
 from internlm2.errors import InternLM2Error
+from internlm2.model.config import PRESETS
 from internlm2.tokenizer import Tokenizer
+from internlm2.tokenizer.special import OLD_SPELLINGS
 
 PLAIN_TURNS = [
     {"role": "system", "content": "S"},
@@ -47,7 +49,8 @@ def _weights(folder: Path, findings: list[Finding]) -> Checkpoint | None:
             "weights", "ok", f"{kind} layout, {config.head} head, all {len(checkpoint.tensors)} tensors there"
         )
     )
-    if kind == "Official" and config.rope_scaling is None and config.head == "language":
+    is_internlm2 = kind == "Official" and config.vocab_size == PRESETS["7b"].vocab_size
+    if is_internlm2 and config.rope_scaling is None and config.head == "language":
         findings.append(
             Finding(
                 "rope",
@@ -165,6 +168,8 @@ def _template(folder: Path, tokenizer: Tokenizer, findings: list[Finding]) -> No
         # A template is a stranger's program; whatever it raises means that it cannot be used.
         findings.append(Finding("chat template", "wrong", f"does not render: {error}", "Take a newer one."))
         return
+    for old, new in OLD_SPELLINGS.items():  # the same ids under the names of January 2024
+        found = found.replace(old, new)
     expected = tokenizer.render_chat(PLAIN_TURNS)
     if found == expected:
         findings.append(Finding("chat template", "ok", "renders plain turns as the documented format"))

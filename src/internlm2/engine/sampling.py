@@ -45,17 +45,13 @@ class SamplingParams:
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
         penalty = self.repetition_penalty
-        _check(_finite(penalty) and penalty > 0, "repetition_penalty", penalty, "above 0")
+        _check(0.01 <= penalty <= 100, "repetition_penalty", penalty, "from 0.01 to 100")
         _check(all(self.stop), "stop", self.stop, "texts of at least one character")
 
 
 def _check(is_good: bool, name: str, value: object, allowed: str) -> None:
     if not is_good:
         raise RequestError(f"{name} is {value!r}, but must be {allowed}.")
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
 
 
 class Sampler:

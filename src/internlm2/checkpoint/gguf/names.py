@@ -50,6 +50,7 @@ QUANTISED = (
 # NOTE: llama.cpp knows no dynamic scaling and stops at a rope.scaling.type that it does not know, so the
 # factor has a key of its own. llama.cpp ignores it: exact up to the trained length, unscaled beyond.
 DYNAMIC_FACTOR_KEY = "internlm2.rope.dynamic_ntk_factor"
+DEFAULT_SYSTEM_KEY = "internlm2.chat.default_system_prompt"
 
 
 def choose_architecture(config: ModelConfig) -> str:

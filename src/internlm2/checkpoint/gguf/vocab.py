@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from internlm2.checkpoint.gguf.meta import Metadata, bos_id, document_end_id
+from internlm2.checkpoint.gguf.names import DEFAULT_SYSTEM_KEY
 from internlm2.checkpoint.save import write_json
 from internlm2.errors import CheckpointError, TokenizerError
 from internlm2.log import logger
@@ -88,6 +89,9 @@ def _tokenizer_config(meta: Metadata, tokens: Sequence[str]) -> dict[str, object
         "unk_token": name(meta.integer("tokenizer.ggml.unknown_token_id")),
         "clean_up_tokenization_spaces": False,
     }
+    default_system = meta.text(DEFAULT_SYSTEM_KEY)
+    if default_system is not None:
+        config["default_system_prompt"] = default_system
     template = meta.text("tokenizer.chat_template")
     return config if template is None else config | {"chat_template": template}
 

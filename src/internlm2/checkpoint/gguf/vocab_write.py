@@ -12,6 +12,7 @@ from pathlib import Path
 from gguf import GGUFWriter, TokenType
 
 from internlm2.checkpoint.config_json import read_json
+from internlm2.checkpoint.gguf.names import DEFAULT_SYSTEM_KEY
 from internlm2.checkpoint.gguf.vocab import NUL_NAME
 from internlm2.errors import ExportError
 from internlm2.model.config import ModelConfig
@@ -53,6 +54,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, config: ModelConfig) -> None
     template = folder_template(folder) or (chat_template(tokenizer) if is_chat else None)
     if template is not None:
         writer.add_chat_template(template)
+    if tokenizer.default_system is not None:
+        writer.add_string(DEFAULT_SYSTEM_KEY, tokenizer.default_system)
 
 
 def is_chat_folder(folder: Path) -> bool:
