@@ -7,10 +7,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from internlm2.cli import options
+from internlm2.cli.main import USER_ERROR
 from internlm2.cli.options import RunFlags
 from internlm2.cli.session import COMMANDS, ChatSession
 
-USER_ERROR = 2
 WELCOME = "Type a message; /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves."
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from internlm2.checkpoint.config_json import CONFIG_FILE, read_json
+from internlm2.checkpoint.gguf.vocab_write import folder_template
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.source import Checkpoint, check_complete
 from internlm2.doctor.finding import Finding
@@ -143,7 +144,10 @@ def _stops(folder: Path, tokenizer: Tokenizer, findings: list[Finding]) -> None:
 
 
 def _template(folder: Path, tokenizer: Tokenizer, findings: list[Finding]) -> None:
-    template = chat_template(folder)
+    try:
+        template = folder_template(folder)
+    except InternLM2Error:  # the tokenizer's finding tells of a damaged tokenizer_config.json
+        template = None
     if template is None:
         findings.append(
             Finding(
@@ -179,17 +183,6 @@ def _template(folder: Path, tokenizer: Tokenizer, findings: list[Finding]) -> No
     else:
         text = f"renders {found!r}, but the documented format is {expected!r}."
         findings.append(Finding("chat template", "wrong", text, "Take the template of the model's page."))
-
-
-def chat_template(folder: Path) -> str | None:
-    """The Jinja text of a folder's chat template; None when it has none."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    try:
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    except InternLM2Error:
-        return None
-    return template if isinstance(template, str) else None
 
 
 def is_model_folder(folder: Path) -> bool:

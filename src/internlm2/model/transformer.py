@@ -33,11 +33,6 @@ class Transformer(nn.Module):
         """embeddings: (B, T, C) from `tok_embeddings` -> hidden states (B, T, C) after the final norm."""
         return run_layers(self.layers, self.norm, embeddings, angles, attend)
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw every weight as the official code does: normal(0, initializer_range), norms one, biases zero."""
-        init_weights(self, self.config.initializer_range, generator)
-
 
 def run_layers(
     layers: Iterable[nn.Module],
