@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from internlm2.checkpoint.resolve import resolve_model
     from internlm2.engine.llm import LLM
     from internlm2.engine.reward import RewardScorer
-    from internlm2.engine.sampling import SamplingParams
+    from internlm2.engine.sampling.params import SamplingParams
     from internlm2.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ _HOMES = {
     "resolve_model": "internlm2.checkpoint.resolve",
     "LLM": "internlm2.engine.llm",
     "RewardScorer": "internlm2.engine.reward",
-    "SamplingParams": "internlm2.engine.sampling",
+    "SamplingParams": "internlm2.engine.sampling.params",
 }
 
 __all__ = ["LLM", "RewardScorer", "SamplingParams", "Tokenizer", "__version__", "load_model", "resolve_model"]

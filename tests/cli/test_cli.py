@@ -76,6 +76,10 @@ def test_version():
         ("threads is -1", ["generate", "demo", "x", "--threads", "-1"]),
         ("device is 'meta'", ["generate", "demo", "x", "--device", "meta"]),
         ("context is -5", ["model", "info", "7b", "--context", "-5"]),
+        ("dtype is 'int3'", ["model", "info", "7b", "--dtype", "int3"]),
+        ("kv_dtype is 'int3'", ["model", "info", "7b", "--kv-dtype", "int3"]),
+        ("num_sequences is 0", ["model", "info", "7b", "--num-sequences", "0"]),
+        ("device is 'meta'", ["model", "info", "7b", "--device", "meta"]),
         ("there is no such folder or file", ["model", "info", "~nobody-here/x"]),
         ("there is no such folder or file", ["model", "info", "x" * 300]),
         ("No configuration file none.toml", ["generate", "demo", "x", "--config", "none.toml"]),
@@ -274,7 +278,21 @@ class TestModel:
         assert data["parameters"]["non_embedding"] == 6_979_588_096
         assert data["weight_bytes"]["bfloat16"] == 2 * 7_737_708_544
         assert data["kv_cache_bytes"]["bfloat16"]["4096"] == 131_072 * 4096
-        assert data["kv_cache_bytes"]["int8"]["1000000"] == 65_536 * 1_000_000
+        assert data["kv_cache_bytes"]["int8"]["1000000"] == (65_536 + 2_048) * 1_000_000  # with its scales
+        assert data["plan"]["kv_bytes"] == 131_072 * 1_000_000
+
+    def test_info_plans_a_context(self):
+        done = run(
+            "model", "info", "7b", "--context", "200000", "--kv-dtype", "int8", "--num-sequences", "2",
+            "--dtype", "float32", "--device", "cpu",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for text in (
+            "Plan: 2 sequences of 200,000 tokens, float32, keys and values int8",
+            "25.18 GiB",
+            "PFLOP",
+        ):
+            assert text in done.stdout
 
     def test_info_reads_only_headers_and_prints_a_table(self):
         done = run("model", "info", golden_folder("dynamic-ntk"))

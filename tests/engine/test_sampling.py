@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from internlm2.engine.sampling import Sampler, SamplingParams, filtered, penalise
+from internlm2.engine.sampling.sampler import Sampler, SamplingParams, filtered, penalise
 from internlm2.errors import RequestError
 
 VOCAB = 257

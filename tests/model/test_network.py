@@ -9,13 +9,13 @@ import torch
 
 from goldens import LANGUAGE_GOLDENS, golden_folder
 from internlm2 import load_model
-from internlm2.engine.cache import DenseCache
-from internlm2.engine.generate import decode, prefill
 from internlm2.errors import ConfigError, RequestError
 from internlm2.model import CausalLM, ModelConfig, RopeScaling, build_model, preset
 from internlm2.model.config import PRESETS
 from internlm2.model.rope import inverse_frequencies
 from reference import naive
+from reference.dense_cache import DenseCache
+from reference.plain_loop import decode, prefill
 
 PUBLISHED_PARAMETERS = {"1.8b": 1_889_110_016, "7b": 7_737_708_544, "20b": 19_861_149_696}
 

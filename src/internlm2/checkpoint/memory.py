@@ -40,14 +40,16 @@ def _file_cache_bytes(stat: Path) -> int:
         return 0
 
 
+def available_on(device: torch.device) -> int | None:
+    """Memory that may still be taken on a GPU or in RAM; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes() if device.type == "cpu" else None
+
+
 def check_fits(needed_bytes: int, *, device: torch.device, what: str) -> None:
     """Raise MemoryBudgetError when `needed_bytes` for `what` exceed what the device has left."""
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu":
-        available = available_bytes()
-    else:
-        available = None
+    available = available_on(device)
     if available is not None and needed_bytes > available:
         raise MemoryBudgetError(
             f"{what} needs {needed_bytes / GIB:.1f} GiB, but {device} has {available / GIB:.1f} GiB left. "
@@ -69,7 +71,12 @@ def count_parameters(shapes: dict[str, tuple[int, ...]]) -> ParameterCount:
     return ParameterCount(sum(sizes.values()), sizes["model.tok_embeddings.weight"])
 
 
-def kv_cache_bytes(config: ModelConfig, num_tokens: int, *, bytes_per_value: int = 2) -> int:
-    """Keys and values of one sequence: 2 x layers x K x D x tokens x bytes."""
-    values_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return values_per_token * num_tokens * bytes_per_value
+def kv_cache_bytes(
+    config: ModelConfig, num_tokens: int, *, bytes_per_value: int = 2, scale_bytes: int = 0
+) -> int:
+    """Keys and values of one sequence: 2 x layers x K x tokens x (D x bytes + scale).
+
+    scale_bytes: what quantised keys and values carry besides, for each token and key/value head.
+    """
+    head_bytes = config.head_dim * bytes_per_value + scale_bytes
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_bytes * num_tokens

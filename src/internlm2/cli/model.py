@@ -37,13 +37,23 @@ def download(
 def info(
     model: Annotated[str, Parameter(help="A model, or the name of a published size: 1.8b, 7b, 20b.")],
     *,
-    context: Annotated[int | None, Parameter(help="Also for this context length, in tokens.")] = None,
+    context: Annotated[
+        int | None, Parameter(help="Plan for this prompt plus answer, in tokens [trained length].")
+    ] = None,
+    dtype: Annotated[str, Parameter(help="Of the weights: float32, bfloat16, float16.")] = "bfloat16",
+    kv_dtype: Annotated[
+        str | None, Parameter(help="Of keys and values: int8, or as the weights when not given.")
+    ] = None,
+    num_sequences: Annotated[int, Parameter(help="So many sequences of that length at once.")] = 1,
+    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N; auto: a GPU when there is one.")] = "auto",
     json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
 ) -> None:
-    """Print sizes, parameter counts, and memory for weights and for keys and values."""
+    """Print sizes, and plan a context: memory, whether it fits here, the longest that fits, FLOPs, bytes read."""
     from internlm2.checkpoint.describe import describe
 
-    data = describe(model, context=context)
+    data = describe(
+        model, context=context, dtype=dtype, kv_dtype=kv_dtype, num_sequences=num_sequences, device=device
+    )
     if json_output:
         print(json.dumps(data.as_json(), indent=2))
     else:

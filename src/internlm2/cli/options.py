@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from internlm2.engine.llm import LLM
-    from internlm2.engine.sampling import SamplingParams
+    from internlm2.engine.sampling.params import SamplingParams
 
 MAX_THREADS = 256
 
@@ -76,7 +76,7 @@ def resolve(flags: RunFlags | None) -> RunConfig:
 
 def sampling(config: RunConfig) -> "SamplingParams":
     """The sampling part. Raises RequestError for values outside their range."""
-    from internlm2.engine.sampling import SamplingParams
+    from internlm2.engine.sampling.params import SamplingParams
 
     return SamplingParams(
         max_tokens=config.max_tokens,

@@ -12,7 +12,7 @@ from internlm2.errors import ExportError, InternLM2Error
 
 if TYPE_CHECKING:
     from internlm2.engine.llm import LLM
-    from internlm2.engine.sampling import SamplingParams
+    from internlm2.engine.sampling.params import SamplingParams
 
 COMMANDS = {
     "/help": "show these commands",

@@ -1,59 +1,44 @@
-"""Text in, text out: a model and its tokenizer together, for prompts, conversations and streams.
+"""Text in, text out: a model and its tokenizer together, for prompts, conversations, streams and scores.
 
 BOS is added to text prompts, as the official tokenizer does; chats end at `</s>` and `<|im_end|>` always.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
+from typing import Literal
 
-from internlm2.checkpoint.load import load_checkpoint, require_head
-from internlm2.checkpoint.open import open_checkpoint
-from internlm2.checkpoint.resolve import resolve_model
-from internlm2.engine.generate import Completion, FinishReason, generate, stream
-from internlm2.engine.sampling import SamplingParams
-from internlm2.errors import CheckpointError, RequestError
+import torch
+
+from internlm2.checkpoint.load import require_head
+from internlm2.engine.build import EngineOptions, load
+from internlm2.engine.compute.page_cache import KVDtype
+from internlm2.engine.core import Stats
+from internlm2.engine.frontend import Ticket
+from internlm2.engine.sampling.params import SamplingParams
+from internlm2.engine.schedule.request import Task
+from internlm2.engine.text import Output, Piece, Score, join
+from internlm2.errors import RequestError
 from internlm2.model.heads import CausalLM, RopeMode
-from internlm2.tokenizer import Tokenizer
-from internlm2.tokenizer.stream import StopStrings
 
 Message = Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One finished request.
-
-    text: the answer, without special tokens. token_ids: its ids. prompt_token_ids: what the model was given.
-    finish_reason: "stop" (stop token or string) or "length".
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer as it appears.
-
-    text: may be empty while a character or a stop string is undecided. token_ids: the new ids behind it, at most
-    one; none for a stop token. finish_reason: None while it goes on.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
+Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A language model that answers.
+    """A language model that answers, one caller or many threads at a time.
 
     path: local folder, GGUF file, Hugging Face id, or "demo". dtype: "float32", "bfloat16", "float16" or "auto"
-    (as the files). max_model_len: longest prompt plus answer, in tokens; None: the trained length, and no limit
-    with dynamic scaling, which stretches to any.
+    (as the files).
+
+    max_model_len: longest prompt plus answer, in tokens; None: the trained length (with dynamic scaling: what the
+    memory allows); "auto": the longest that fits into 90 % of the free memory. memory_gib: for keys and values;
+    None: 4 GiB, or one sequence of the longest length if that is more. kv_dtype: "int8" halves their memory.
+    host_memory_gib: where idle keys and values of a GPU go instead of being forgotten.
+
+    max_num_seqs: how many sequences run at once. chunk_tokens: how many prompt tokens one step computes.
+    prefix_cache: keep the keys of past prompts for new ones that begin alike. deterministic: an answer is bitwise
+    the same whatever else is served (slower; see docs/architecture.md). adapters: LoRA folders by name.
 
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Hello"}]).text
@@ -66,45 +51,70 @@ class LLM:
         dtype: str = "bfloat16",
         device: str = "cpu",
         rope_mode: RopeMode = "stateless",
-        max_model_len: int | None = None,
+        max_model_len: int | Literal["auto"] | None = None,
+        kv_dtype: KVDtype | None = None,
+        memory_gib: float | None = None,
+        host_memory_gib: float = 0.0,
+        max_num_seqs: int = 64,
+        chunk_tokens: int = 512,
+        prefix_cache: bool = True,
+        deterministic: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        checkpoint = open_checkpoint(resolve_model(path))
-        if checkpoint.tokenizer_folder is None:
-            raise CheckpointError(
-                f"{checkpoint.path} has weights but no tokenizer. Convert it with a tokenizer beside it: "
-                "`internlm2 model convert`, then copy tokenizer.model into the new folder."
-            )
-        self.tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder)
-        check_vocabulary(self.tokenizer, checkpoint.config.vocab_size, where=str(checkpoint.path))
-        model = load_checkpoint(checkpoint, dtype=dtype, device=device, rope_mode=rope_mode)
-        self.model = require_head(model, CausalLM, use="generating text")
-        if max_model_len is not None and max_model_len < 2:
-            raise RequestError(
-                f"max_model_len is {max_model_len}, but must hold a prompt and an answer: 2 or more."
-            )
-        self.max_model_len = _longest(self.model) if max_model_len is None else max_model_len
+        options = EngineOptions(
+            dtype=dtype,
+            device=device,
+            rope_mode=rope_mode,
+            max_model_len=max_model_len,
+            kv_dtype=kv_dtype,
+            memory_gib=memory_gib,
+            host_memory_gib=host_memory_gib,
+            max_num_seqs=max_num_seqs,
+            chunk_tokens=chunk_tokens,
+            prefix_cache=prefix_cache,
+            deterministic=deterministic,
+            adapters=adapters,
+        )
+        loaded = load(path, options)
+        self.model = require_head(loaded.model, CausalLM, use="generating text")
+        self.tokenizer = loaded.tokenizer
+        self.max_model_len = loaded.max_model_len
+        self.frontend = loaded.frontend
+        self.adapters = loaded.adapters
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of the engine since it began."""
+        return self.frontend.engine.stats
+
+    # -- answers ------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Output]:
         """Complete prompts; results in prompt order. A str gets BOS; a list of ids is taken as it is.
 
-        Raises RequestError for empty prompts and for those that leave no room for an answer.
+        params: for all prompts, or one for each. Raises RequestError for empty prompts, ids outside the vocabulary
+        and prompts that leave no room for an answer, before anything is computed.
         """
         if isinstance(prompts, str):
             raise RequestError("prompts is one text, but must be a list. Write [prompt].")
-        params = params or SamplingParams()
+        each = self._each(params, len(prompts))
         encoded = [self.encode(prompt) for prompt in prompts]
-        if params.stop:  # stop strings are found in text, so these prompts are followed one by one
-            return [self._collect(ids, params) for ids in encoded]
-        completions = generate(
-            self.model,
-            encoded,
-            [self._fit(params, len(ids)) for ids in encoded],
-            stop_ids=self.tokenizer.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-        )
-        return [self._output(ids, done) for ids, done in zip(encoded, completions, strict=True)]
+        tickets: list[Ticket] = []
+        try:
+            for ids, own in zip(encoded, each, strict=True):
+                tickets.append(self.frontend.submit(ids, own, adapter=adapter))
+        except BaseException:
+            for ticket in tickets:
+                self.frontend.abort(ticket)
+            raise
+        self.frontend.wait(tickets)
+        return [_output(*row) for row in zip(encoded, tickets, each, strict=True)]
 
     def chat(
         self,
@@ -112,9 +122,11 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Message] | None = None,
+        adapter: str | None = None,
     ) -> Output:
         """Answer a conversation of {"role", "content"} messages. Raises ChatError for malformed ones."""
-        return self._collect(self.tokenizer.apply_chat(messages, tools=tools), params or SamplingParams())
+        ids = self.tokenizer.apply_chat(messages, tools=tools)
+        return self.generate([ids], params, adapter=adapter)[0]
 
     def stream_chat(
         self,
@@ -122,78 +134,104 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Message] | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Piece]:
         """As `chat`, piece by piece; never half a character, never the start of a stop string."""
-        return self.stream(self.tokenizer.apply_chat(messages, tools=tools), params or SamplingParams())
+        return self.stream(self.tokenizer.apply_chat(messages, tools=tools), params, adapter=adapter)
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[Piece]:
-        """Complete one prompt, piece by piece; the last piece alone carries a finish_reason."""
-        ids = self.encode(prompt)
-        params = self._fit(params, len(ids))
-        decoder = self.tokenizer.stream(skip_special=True)
-        stops = StopStrings(params.stop)
-        steps = stream(
-            self.model,
-            [ids],
-            params,
-            stop_ids=self.tokenizer.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-        )
-        for step in steps:
-            is_stop_token = step.finish_reason == "stop"
-            token_ids = () if is_stop_token else (step.token_id,)
-            text = "" if is_stop_token else stops.push(decoder.push(token_ids))
-            if step.finish_reason is not None:
-                text += stops.push(decoder.finish())
-            if stops.matched is not None:
-                yield Piece(text, token_ids, "stop")
-                return
-            if step.finish_reason is not None:
-                text += stops.finish()
-            yield Piece(text, token_ids, step.finish_reason)
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[Piece]:
+        """Complete one prompt, piece by piece; the last piece of an answer carries a finish_reason.
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        Leaving the loop early aborts the request.
+        """
+        ticket = self.frontend.submit(self.encode(prompt), params or SamplingParams(), adapter=adapter)
+        return self.frontend.stream(ticket)
+
+    # -- what is read off a text --------------------------------------------------------------------------
+
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, adapter: str | None = None
+    ) -> list[Score]:
+        """Log-likelihood of each continuation after its prompt, in one pass each.
+
+        Two texts are encoded together, as they would stand in a document; where their border falls inside a token,
+        that token counts to the continuation. Raises RequestError for an empty continuation.
+        """
+        pairs = [self._pair(*pair) for pair in zip(prompts, continuations, strict=True)]
+        tickets = [
+            self.frontend.submit_task(ids, Task.SCORE, logits_from=start - 1, top=1, adapter=adapter)
+            for ids, start in pairs
+        ]
+        self.frontend.wait(tickets)
+        return [_score(ids[start:], ticket) for (ids, start), ticket in zip(pairs, tickets, strict=True)]
+
+    def embed(self, texts: Sequence[Prompt], *, adapter: str | None = None) -> torch.Tensor:
+        """The mean of the last hidden states over all tokens of each text: (texts, C) float32."""
+        tickets = [
+            self.frontend.submit_task(self.encode(text), Task.EMBED, adapter=adapter) for text in texts
+        ]
+        self.frontend.wait(tickets)
+        vectors = [ticket.last_updates[0].vector for ticket in tickets]
+        return torch.stack([vector for vector in vectors if vector is not None])
+
+    def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: text gets BOS, ids stay."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
         return [index(token) for token in prompt]  # numbers of numpy or torch become plain ones
 
-    def _collect(self, ids: list[int], params: SamplingParams) -> Output:
-        pieces = list(self.stream(ids, params))
-        reason = pieces[-1].finish_reason
-        assert reason is not None
-        token_ids = [token for piece in pieces for token in piece.token_ids]
-        return Output("".join(piece.text for piece in pieces), token_ids, ids, reason)
-
-    def _output(self, ids: list[int], done: Completion) -> Output:
-        text = self.tokenizer.decode(done.token_ids, skip_special=True)
-        return Output(text, done.token_ids, ids, done.finish_reason)
-
-    def _fit(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        if self.max_model_len is None:
-            return params
-        room = self.max_model_len - num_prompt_tokens
-        if room < 1:
-            raise RequestError(
-                f"The prompt has {num_prompt_tokens} tokens, but this model takes {self.max_model_len} with the "
-                "answer. Shorten the prompt, or raise max_model_len if the model has dynamic rope scaling."
+    def _pair(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], int]:
+        """All ids, and where the continuation begins."""
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            alone, ids = self.encode(prompt), self.encode(prompt + continuation)
+            agreed = [a == b for a, b in zip(alone, ids, strict=False)]
+            start = agreed.index(False) if False in agreed else min(len(alone), len(ids))
+        else:
+            before = self.encode(prompt)
+            after = (
+                self.tokenizer.encode(continuation) if isinstance(continuation, str) else list(continuation)
             )
-        fewer = min(params.max_tokens, room)
-        return replace(params, max_tokens=fewer, min_tokens=min(params.min_tokens, fewer))
+            ids, start = [*before, *after], len(before)
+        if start == len(ids) or start == 0:
+            what = "continuation" if start else "prompt"
+            raise RequestError(f"The {what} is empty. Scoring needs at least one token on each side.")
+        return ids, start
+
+    @staticmethod
+    def _each(
+        params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * count
+        if len(params) != count:
+            raise RequestError(
+                f"There are {len(params)} params for {count} prompts. Give one, or one for each."
+            )
+        return params
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, where: str) -> None:
-    """Raise CheckpointError when the tokenizer can make ids that the embedding does not have."""
-    if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding has {vocab_size} rows. "
-            "The tokenizer files belong to another model; copy the right ones."
-        )
+def _output(ids: list[int], ticket: Ticket, params: SamplingParams) -> Output:
+    by_sample = [[p for p in ticket.pieces if p.sample == sample] for sample in range(params.n)]
+    samples = tuple(join(pieces, has_logprobs=params.logprobs is not None) for pieces in by_sample)
+    prompt_logprobs = [u.prompt_logprobs for u in ticket.last_updates if u.prompt_logprobs is not None]
+    first = samples[0]
+    return Output(
+        first.text,
+        first.token_ids,
+        ids,
+        first.finish_reason,
+        first.logprobs,
+        list(prompt_logprobs[0]) if prompt_logprobs else None,
+        samples,
+        ticket.requests[0].num_cached,
+    )
 
 
-def _longest(model: CausalLM) -> int | None:
-    scaling = model.config.rope_scaling
-    if scaling is not None and scaling.kind == "dynamic":
-        return None
-    factor = 1.0 if scaling is None else scaling.factor
-    return int(model.config.max_position_embeddings * factor)
+def _score(token_ids: list[int], ticket: Ticket) -> Score:
+    found = ticket.last_updates[0].prompt_logprobs
+    assert found is not None
+    each = [token.logprob for token in found]
+    is_greedy = all(token.logprob >= token.top[0][1] for token in found)
+    return Score(sum(each), token_ids, each, is_greedy)

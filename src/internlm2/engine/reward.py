@@ -7,32 +7,26 @@ the value at it is the score (model card of InternLM2-Reward).
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from internlm2.checkpoint.load import load_checkpoint, require_head
-from internlm2.checkpoint.open import open_checkpoint
-from internlm2.checkpoint.resolve import resolve_model
-from internlm2.engine.llm import check_vocabulary
-from internlm2.errors import CheckpointError, RequestError
+from internlm2.checkpoint.load import require_head
+from internlm2.engine.build import EngineOptions, load
+from internlm2.engine.schedule.request import Task
+from internlm2.errors import RequestError
 from internlm2.model.heads import RewardModel
-from internlm2.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, object]]
 
 
 class RewardScorer:
-    """A reward model and its tokenizer. path: folder or Hugging Face id of a reward checkpoint."""
+    """A reward model and its tokenizer. path: folder or Hugging Face id of a reward checkpoint.
+
+    Conversations that begin alike, such as several answers to one question, share the computation of that part.
+    """
 
     def __init__(self, path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
-        checkpoint = open_checkpoint(resolve_model(path))
-        if checkpoint.tokenizer_folder is None:
-            raise CheckpointError(
-                f"{checkpoint.path} has no tokenizer. Copy tokenizer.model into the folder."
-            )
-        self.tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder)
-        check_vocabulary(self.tokenizer, checkpoint.config.vocab_size, where=str(checkpoint.path))
-        model = load_checkpoint(checkpoint, dtype=dtype, device=device)
-        self.model = require_head(model, RewardModel, use="scoring conversations")
+        loaded = load(path, EngineOptions(dtype=dtype, device=device))
+        self.model = require_head(loaded.model, RewardModel, use="scoring conversations")
+        self.tokenizer = loaded.tokenizer
+        self.frontend = loaded.frontend
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation as the reward model reads it, the reward token last."""
@@ -40,18 +34,17 @@ class RewardScorer:
         reward_id = self.model.config.reward_token_id
         return ids if ids[-1] == reward_id else [*ids, reward_id]
 
-    @torch.inference_mode()
     def scores(self, conversations: Sequence[Conversation]) -> list[float]:
         """A score for each conversation, higher is better. Raises RequestError when there are none."""
         if not conversations:
             raise RequestError("No conversations to score. Give at least one.")
-        rows = [self.encode(conversation) for conversation in conversations]
-        width = max(len(row) for row in rows)
-        device = self.model.v_head.weight.device
-        # The padding id is never attended, so any row of the embedding will do.
-        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-        return self.model(input_ids, attention_mask=mask).tolist()
+        tickets = []
+        for conversation in conversations:
+            ids = self.encode(conversation)
+            tickets.append(self.frontend.submit_task(ids, Task.REWARD, logits_from=len(ids) - 1))
+        self.frontend.wait(tickets)
+        vectors = [ticket.last_updates[0].vector for ticket in tickets]
+        return [vector.item() for vector in vectors if vector is not None]
 
     def compare(self, first: Conversation, second: Conversation) -> bool:
         """Whether `first` scores higher than `second`."""

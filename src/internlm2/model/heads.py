@@ -101,8 +101,9 @@ class CausalLM(Model):
 
     def __init__(self, config: ModelConfig, *, rope_mode: RopeMode = "stateless") -> None:
         super().__init__(config, rope_mode=rope_mode)
-        # A tied output has no tensor of its own in the checkpoint, so it has no module here.
-        self.output = (
+        # A tied output has no tensor of its own in the checkpoint, so it has no module here. Under tensor
+        # parallelism it is a module that joins the logits of all processes.
+        self.output: nn.Module | None = (
             None
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,10 +1,11 @@
-"""The plain generation loop: ids in, ids out; one prompt streamed, or many decoded side by side.
+"""The plain generation loop, the oracle of the engine: dense keys and values, one prompt or many side by side.
 
 Each sequence has one rotary base, fixed by its own length limit when it starts (design: dynamic NTK without
 state). Prompts enter in chunks, so memory grows with the prompt and not with its square.
 """
 
 import itertools
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +13,11 @@ from typing import Literal
 import torch
 
 from internlm2.checkpoint import memory
-from internlm2.engine.cache import CacheAttend, DenseCache
-from internlm2.engine.sampling import Sampler, SamplingParams
+from internlm2.engine.sampling.params import SamplingParams
+from internlm2.engine.sampling.sampler import SamplingState, sample
 from internlm2.errors import RequestError
 from internlm2.model.heads import CausalLM
+from reference.dense_cache import CacheAttend, DenseCache
 
 PREFILL_CHUNK_TOKENS = 512
 
@@ -88,16 +90,21 @@ def stream(
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     limits = lengths + torch.tensor([p.max_tokens for p in each], device=device)
     cache = _new_cache(model, num_rows=len(prompts), capacity=int(limits.max()))
-    samplers = [Sampler(p, ids, vocab_size=vocab_size) for p, ids in zip(each, prompts, strict=True)]
+    states = [
+        SamplingState(p, ids, vocab_size=vocab_size, stop_ids=ends, seed=_seed(p))
+        for p, ids, ends in zip(each, prompts, stops, strict=True)
+    ]
     rows = list(range(len(prompts)))  # cache row -> prompt
     logits = torch.cat([prefill(model, cache, p, limits[i], row=i) for i, p in enumerate(prompts)])  # (B, V)
     for num_done in itertools.count(1):
         alive: list[int] = []
         chosen: list[int] = []
+        sampled = sample(logits, [states[row] for row in rows])
         for i, row in enumerate(rows):
-            if num_done <= each[row].min_tokens and stops[row]:
-                logits[i, list(stops[row])] = -torch.inf
-            token = samplers[row].next_token(logits[i])
+            error, token = sampled.errors[i], sampled.token_ids[i]
+            if error is not None:
+                raise error
+            states[row].push(token)
             is_last = num_done == each[row].max_tokens
             reason = "stop" if token in stops[row] else "length" if is_last else None
             yield Step(row, token, reason)
@@ -168,6 +175,10 @@ def _new_cache(model: CausalLM, *, num_rows: int, capacity: int) -> DenseCache:
     return DenseCache(
         model.config, num_rows=num_rows, capacity=capacity, dtype=weight.dtype, device=weight.device
     )
+
+
+def _seed(params: SamplingParams) -> int:
+    return secrets.randbits(63) if params.seed is None else params.seed
 
 
 def _stops(params: SamplingParams, stop_ids: frozenset[int], *, vocab_size: int) -> frozenset[int]:

@@ -1,0 +1,212 @@
+"""From a path to an engine: loads the model, decides how much memory its keys and values get, and says so."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from internlm2.checkpoint import memory
+from internlm2.checkpoint.load import load_checkpoint
+from internlm2.checkpoint.open import open_checkpoint
+from internlm2.checkpoint.plan import context_limit, kv_bytes_per_token
+from internlm2.checkpoint.resolve import resolve_model
+from internlm2.checkpoint.source import Checkpoint, dtype_name
+from internlm2.engine.admission import Admission
+from internlm2.engine.compute.lora import Adapters
+from internlm2.engine.compute.page_cache import KVDtype, PageCache
+from internlm2.engine.compute.runner import Runner
+from internlm2.engine.core import Engine
+from internlm2.engine.frontend import Frontend
+from internlm2.engine.schedule.pages import PagePool
+from internlm2.engine.schedule.scheduler import Scheduler
+from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError
+from internlm2.model.config import ModelConfig
+from internlm2.model.heads import Model, RopeMode
+from internlm2.tokenizer import Tokenizer
+
+PAGE_SIZE = 16
+GIB = memory.GIB
+DEFAULT_GIB = 4.0  # keys and values, unless one sequence of the longest length needs more
+SAFE_SHARE = 0.7  # of the memory that is left, at most, when nobody says how much
+AUTO_SHARE = 0.9  # the same under max_model_len="auto"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine runs. See `LLM` for what each means."""
+
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    rope_mode: RopeMode = "stateless"
+    max_model_len: int | Literal["auto"] | None = None
+    kv_dtype: KVDtype | None = None
+    memory_gib: float | None = None
+    host_memory_gib: float = 0.0
+    max_num_seqs: int = 64
+    chunk_tokens: int = 512
+    prefix_cache: bool = True
+    deterministic: bool = False
+    adapters: Mapping[str, str | Path] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
+        _check(self.chunk_tokens >= 1, "chunk_tokens", self.chunk_tokens, "at least 1")
+        is_positive = self.memory_gib is None or self.memory_gib > 0
+        _check(is_positive, "memory_gib", self.memory_gib, "above 0, or None")
+        _check(self.host_memory_gib >= 0, "host_memory_gib", self.host_memory_gib, "at least 0")
+        _check(self.kv_dtype in (None, "int8"), "kv_dtype", self.kv_dtype, "None (as the model) or 'int8'")
+        length = self.max_model_len
+        is_length = length is None or length == "auto" or (isinstance(length, int) and length >= 2)
+        _check(is_length, "max_model_len", length, "'auto', None, or at least 2 (a prompt and an answer)")
+        if self.deterministic and self.adapters:
+            raise RequestError(
+                "deterministic=True does not go with adapters: their matrix products depend on the batch. Merge the "
+                "adapter into the weights, or leave deterministic off."
+            )
+
+
+def _check(is_good: bool, name: str, value: object, allowed: str) -> None:
+    if not is_good:
+        raise RequestError(f"{name} is {value!r}, but must be {allowed}.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready for requests."""
+
+    model: Model
+    tokenizer: Tokenizer
+    frontend: Frontend
+    adapters: Adapters | None
+    max_model_len: int
+
+
+def open_with_tokenizer(path: str | Path) -> tuple[Checkpoint, Tokenizer]:
+    """A checkpoint and the tokenizer beside it. Raises CheckpointError when there is none or it does not fit."""
+    checkpoint = open_checkpoint(resolve_model(path))
+    if checkpoint.tokenizer_folder is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has weights but no tokenizer. Convert it with a tokenizer beside it: "
+            "`internlm2 model convert`, then copy tokenizer.model into the new folder."
+        )
+    tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding has "
+            f"{checkpoint.config.vocab_size} rows. The tokenizer files belong to another model; copy the right ones."
+        )
+    return checkpoint, tokenizer
+
+
+def load(path: str | Path, options: EngineOptions) -> Loaded:
+    """Load a checkpoint of any head with its tokenizer and build an engine around it."""
+    checkpoint, tokenizer = open_with_tokenizer(path)
+    model = load_checkpoint(
+        checkpoint, dtype=options.dtype, device=options.device, rope_mode=options.rope_mode
+    )
+    return build(model, tokenizer, options)
+
+
+def build(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
+    """An engine around a model that is loaded already."""
+    weight = model.model.tok_embeddings.weight
+    sizes = _sizes(model.config, options, dtype=weight.dtype, device=weight.device)
+    pool = PagePool(
+        sizes.num_pages,
+        page_size=PAGE_SIZE,
+        num_host_pages=sizes.num_host_pages,
+        shares_prefixes=options.prefix_cache and not options.deterministic,
+    )
+    cache = PageCache(
+        model.config,
+        num_pages=sizes.num_pages,
+        page_size=PAGE_SIZE,
+        dtype=weight.dtype,
+        device=weight.device,
+        kv_dtype=options.kv_dtype,
+        num_host_pages=sizes.num_host_pages,
+    )
+    adapters = Adapters.attach(model) if options.adapters is not None else None
+    for name, folder in (options.adapters or {}).items():
+        assert adapters is not None
+        adapters.add(name, folder)
+    runner = Runner(model, cache, adapters=adapters, is_deterministic=options.deterministic)
+    scheduler = Scheduler(
+        pool,
+        max_num_seqs=options.max_num_seqs,
+        chunk_tokens=options.chunk_tokens,
+        fixed_chunks=options.deterministic,
+    )
+    admission = Admission(
+        model.config,
+        tokenizer,
+        max_model_len=sizes.max_model_len,
+        rope_mode=model.rope_mode,
+        adapters=lambda: () if adapters is None else adapters.names,
+    )
+    frontend = Frontend(Engine(runner, scheduler), tokenizer, admission)
+    return Loaded(model, tokenizer, frontend, adapters, sizes.max_model_len)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    num_pages: int
+    num_host_pages: int
+    max_model_len: int
+
+
+def _sizes(
+    config: ModelConfig, options: EngineOptions, *, dtype: torch.dtype, device: torch.device
+) -> _Sizes:
+    """How many pages there are, and the longest sequence that they allow."""
+    page_bytes = PAGE_SIZE * kv_bytes_per_token(config, options.kv_dtype or dtype_name(dtype))
+    trained = context_limit(config)
+    asked = options.max_model_len
+    longest = asked if isinstance(asked, int) else trained  # None: as long as the memory allows
+    num_pages = _budget_bytes(options, longest, page_bytes, device=device) // page_bytes
+    if longest is not None:
+        num_pages = min(num_pages, options.max_num_seqs * -(-longest // PAGE_SIZE))
+    capacity = num_pages * PAGE_SIZE
+    if capacity < 2 or (isinstance(asked, int) and capacity < asked):
+        raise MemoryBudgetError(
+            f"The memory for keys and values holds {capacity} tokens of {page_bytes / PAGE_SIZE / 1024:.1f} KiB, but "
+            f"one sequence may have {longest or 2}. Raise memory_gib, lower max_model_len, or set kv_dtype='int8'."
+        )
+    max_model_len = capacity if longest is None else min(longest, capacity)
+    if asked == "auto":
+        _log.info("Longest context that fits: %s tokens.", f"{max_model_len:,}")
+    elif trained is not None and asked is None and max_model_len < trained:
+        _log.warning(
+            "The model takes %s tokens, but the memory holds %s. Raise memory_gib or set kv_dtype='int8'.",
+            f"{trained:,}",
+            f"{max_model_len:,}",
+        )
+    num_host_pages = int(options.host_memory_gib * GIB) // page_bytes
+    memory.check_fits(
+        num_host_pages * page_bytes,
+        device=torch.device("cpu"),
+        what="The host memory for idle keys and values",
+    )
+    return _Sizes(num_pages, num_host_pages, max_model_len)
+
+
+def _budget_bytes(
+    options: EngineOptions, longest: int | None, page_bytes: int, *, device: torch.device
+) -> int:
+    if options.memory_gib is not None:
+        budget = int(options.memory_gib * GIB)
+        memory.check_fits(budget, device=device, what=f"memory_gib={options.memory_gib:g}")
+        return budget
+    left = memory.available_on(device)
+    if left is None:  # a system that does not tell
+        return int(DEFAULT_GIB * GIB)
+    if options.max_model_len == "auto":
+        return int(left * AUTO_SHARE)
+    needed = 0 if longest is None else -(-longest // PAGE_SIZE) * page_bytes
+    wanted = max(int(DEFAULT_GIB * GIB), needed)
+    return min(wanted, int(left * (AUTO_SHARE if device.type == "cuda" else SAFE_SHARE)))

@@ -1,0 +1,199 @@
+"""Requests of many callers and threads over one engine: tickets, and who steps when.
+
+Whoever waits for an answer drives the engine, one thread at a time, and hands every caller what a step brought. A
+caller that leaves early aborts its request; nothing it held stays behind.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from internlm2.engine.admission import Admission
+from internlm2.engine.core import Engine, Update
+from internlm2.engine.sampling.params import SamplingParams
+from internlm2.engine.schedule.request import Sequence as Request
+from internlm2.engine.schedule.request import Task
+from internlm2.engine.text import Piece, TextStream
+from internlm2.errors import InternLM2Error
+from internlm2.tokenizer import Tokenizer
+
+_WAIT_SECONDS = 0.05  # how long a caller sleeps while another one steps
+
+
+class Ticket:
+    """What a caller holds for its request: the sequences, and the mail that has come for them.
+
+    on_mail: called, in the thread that steps, whenever something has come.
+    """
+
+    def __init__(self, requests: list[Request], on_mail: Callable[[], None] | None = None) -> None:
+        self.requests = requests
+        self.pieces: deque[Piece] = deque()
+        self.last_updates: list[Update] = []  # the finishing update of each sequence
+        self.error: InternLM2Error | None = None
+        self.has_mail = threading.Event()
+        self._on_mail = on_mail
+        self._num_open = len(requests)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will come."""
+        return self._num_open == 0
+
+    def close_one(self, update: Update) -> None:
+        """Note that one of the sequences is finished."""
+        self.last_updates.append(update)
+        self.error = self.error or update.error
+        self._num_open -= 1
+
+    def notify(self) -> None:
+        """Wake whoever waits."""
+        self.has_mail.set()
+        if self._on_mail is not None:
+            self._on_mail()
+
+
+class Frontend:
+    """Tickets over one engine; safe to call from any thread."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, admission: Admission) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._admission = admission
+        self._lock = threading.Lock()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._streams: dict[int, tuple[Ticket, TextStream | None]] = {}
+
+    # -- taking requests ----------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        on_mail: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Queue a prompt of ids. Raises RequestError for one that cannot be answered."""
+        admitted = self._admission.generation(prompt, params, adapter=adapter)
+        ticket = Ticket([request for request, _ in admitted], on_mail)
+        for sample, (request, state) in enumerate(admitted):
+            stream = TextStream(self.tokenizer, params.stop, sample=sample)
+            self._streams[request.sequence_id] = (ticket, stream)
+            top = params.prompt_logprobs if sample == 0 else None
+            self._inbox.append(partial(self.engine.add, request, state, top=top))
+        return ticket
+
+    def submit_task(
+        self,
+        prompt: Sequence[int],
+        task: Task,
+        *,
+        logits_from: int = 0,
+        top: int | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
+        on_mail: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Queue a prompt from which something is read off. logits_from: the first position that matters."""
+        request = self._admission.reading(prompt, task, priority=priority, adapter=adapter)
+        request.logits_from = logits_from
+        ticket = Ticket([request], on_mail)
+        self._streams[request.sequence_id] = (ticket, None)
+        self._inbox.append(partial(self.engine.add, request, top=top))
+        return ticket
+
+    def abort(self, ticket: Ticket) -> None:
+        """Let a request go; finished ones are ignored. Takes effect before the next step."""
+
+        def drop() -> None:
+            for request in ticket.requests:
+                self._streams.pop(request.sequence_id, None)
+                self.engine.finish(request)
+
+        if not ticket.is_done:
+            self._inbox.append(drop)
+            if self._lock.acquire(blocking=False):  # nobody steps: do it now, there may be no next step
+                try:
+                    self._take_inbox()
+                finally:
+                    self._lock.release()
+
+    # -- stepping -----------------------------------------------------------------------------------------
+
+    def stream(self, ticket: Ticket) -> Iterator[Piece]:
+        """The pieces of a request as they come, stepping the engine meanwhile. Raises what ended it badly."""
+        try:
+            while True:
+                ticket.has_mail.clear()
+                while ticket.pieces:
+                    yield ticket.pieces.popleft()
+                if ticket.is_done:
+                    if ticket.error is not None:
+                        raise ticket.error
+                    return
+                self._step_or_wait(ticket)
+        finally:
+            self.abort(ticket)
+
+    def wait(self, tickets: Sequence[Ticket]) -> None:
+        """Step until all tickets are done; on the way out, whatever the reason, none is left in the engine."""
+        try:
+            for ticket in tickets:
+                while not ticket.is_done:
+                    ticket.has_mail.clear()
+                    if not ticket.is_done:
+                        self._step_or_wait(ticket)
+                if ticket.error is not None:
+                    raise ticket.error
+        finally:
+            for ticket in tickets:
+                self.abort(ticket)
+
+    def step(self) -> bool:
+        """Take what has come in and compute one step; False when there is nothing to do."""
+        with self._lock:
+            return self._step()
+
+    def _step_or_wait(self, ticket: Ticket) -> None:
+        if not self._lock.acquire(blocking=False):
+            ticket.has_mail.wait(_WAIT_SECONDS)
+            return
+        try:
+            # Another thread may have stepped since: then there is mail, or nothing more to come.
+            if not ticket.is_done and not ticket.has_mail.is_set():
+                self._step()
+        finally:
+            self._lock.release()
+
+    def _step(self) -> bool:
+        self._take_inbox()
+        if not self.engine.has_work:
+            return False
+        told: dict[int, Ticket] = {}
+        for update in self.engine.step():
+            ticket = self._deliver(update)
+            if ticket is not None:
+                told[id(ticket)] = ticket
+        for ticket in told.values():
+            ticket.notify()
+        return True
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _deliver(self, update: Update) -> Ticket | None:
+        ticket, stream = self._streams[update.sequence.sequence_id]
+        is_over = update.finish_reason is not None
+        if stream is not None:
+            piece = stream.push(update)
+            ticket.pieces.append(piece)
+            if piece.finish_reason == "stop" and not is_over:  # a stop string
+                self.engine.finish(update.sequence)
+                is_over = True
+        if is_over:
+            del self._streams[update.sequence.sequence_id]
+            ticket.close_one(update)
+        return ticket

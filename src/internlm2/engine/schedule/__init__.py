@@ -1,0 +1,1 @@
+"""What is computed when, and in which pages: pure bookkeeping without tensors."""

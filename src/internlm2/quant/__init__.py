@@ -1,0 +1,1 @@
+"""Fewer bits: keys and values in int8."""
