@@ -3,9 +3,10 @@
 import datetime
 import platform
 import subprocess
-import time
 from importlib import metadata
 from pathlib import Path
+
+from internlm2.engine.bench import foreign_load
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,23 +21,12 @@ def header(title: str, command: str, packages: tuple[str, ...]) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
+    load = foreign_load()
+    assert load is not None, "/proc was read above"
     return (
         f"# {title}\n\n"
         f"- date: {datetime.datetime.now(tz=datetime.UTC).date()}, commit {commit or 'unknown'}\n"
-        f"- hardware: {cpu}, {cores} cores, {int(memory) / 1e6:.0f} GB; foreign load {foreign_load():.0%}\n"
+        f"- hardware: {cpu}, {cores} cores, {int(memory) / 1e6:.0f} GB; foreign load {load:.0%}\n"
         f"- versions: Python {platform.python_version()}, {versions}\n"
         f"- command: `{command}`\n\n"
     )
-
-
-def foreign_load(seconds: float = 2.0) -> float:
-    """Share of the processor that others use while this process sleeps."""
-
-    def read() -> tuple[int, int]:
-        numbers = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(numbers), numbers[3] + numbers[4]
-
-    total, idle = read()
-    time.sleep(seconds)
-    total_after, idle_after = read()
-    return 1 - (idle_after - idle) / max(1, total_after - total)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from internlm2.checkpoint.load import load_model
     from internlm2.checkpoint.resolve import resolve_model
+    from internlm2.engine.async_llm import AsyncLLM
     from internlm2.engine.llm import LLM
     from internlm2.engine.reward import RewardScorer
     from internlm2.engine.sampling.params import SamplingParams
@@ -20,12 +21,22 @@ _HOMES = {
     "Tokenizer": "internlm2.tokenizer",
     "load_model": "internlm2.checkpoint.load",
     "resolve_model": "internlm2.checkpoint.resolve",
+    "AsyncLLM": "internlm2.engine.async_llm",
     "LLM": "internlm2.engine.llm",
     "RewardScorer": "internlm2.engine.reward",
     "SamplingParams": "internlm2.engine.sampling.params",
 }
 
-__all__ = ["LLM", "RewardScorer", "SamplingParams", "Tokenizer", "__version__", "load_model", "resolve_model"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "RewardScorer",
+    "SamplingParams",
+    "Tokenizer",
+    "__version__",
+    "load_model",
+    "resolve_model",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -21,7 +21,7 @@ from internlm2.errors import ConfigError
 
 COMMAND = [sys.executable, "-m", "internlm2"]
 ALL_COMMANDS = [
-    [], ["chat"], ["generate"], ["doctor"], ["model"], ["model", "download"], ["model", "info"],
+    [], ["chat"], ["generate"], ["bench"], ["doctor"], ["model"], ["model", "download"], ["model", "info"],
     ["model", "convert"], ["model", "export"],
 ]  # fmt: skip
 

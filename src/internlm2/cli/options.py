@@ -24,6 +24,8 @@ class RunConfig:
     device: str = "auto"
     threads: int = 0
     max_model_len: int | None = None
+    kv_dtype: str | None = None
+    memory_gib: float | None = None
     max_tokens: int = 1024
     temperature: float = 0.8
     top_k: int = 0
@@ -46,6 +48,13 @@ class RunFlags:
     device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:N; auto: a GPU when there is one.")] = None
     threads: Annotated[int | None, Parameter(help="CPU threads; 0: as torch chooses.")] = None
     max_model_len: Annotated[int | None, Parameter(help="Longest prompt plus answer, in tokens.")] = None
+    kv_dtype: Annotated[
+        str | None, Parameter(help="int8 halves the memory of keys and values; default: as the model.")
+    ] = None
+    memory_gib: Annotated[
+        float | None,
+        Parameter(help="Memory for keys and values, in GiB; default: 4, or one longest sequence."),
+    ] = None
     max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None
     temperature: Annotated[
         float | None, Parameter(help="Randomness; 0 always takes the best token [0.8].")
@@ -110,4 +119,11 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         # NOTE: without AVX512-BF16 or AMX, torch converts bfloat16 on the fly and float32 is faster.
         is_old_cpu = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
         dtype = "float32" if is_old_cpu else "bfloat16"
-    return LLM(model, dtype=dtype, device=device, max_model_len=config.max_model_len)
+    return LLM(
+        model,
+        dtype=dtype,
+        device=device,
+        max_model_len=config.max_model_len,
+        kv_dtype=config.kv_dtype,
+        memory_gib=config.memory_gib,
+    )

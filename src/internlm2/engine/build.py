@@ -9,22 +9,23 @@ from typing import Literal
 import torch
 
 from internlm2.checkpoint import memory
-from internlm2.checkpoint.load import load_checkpoint
+from internlm2.checkpoint.load import load_checkpoint, require_head
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.plan import context_limit, kv_bytes_per_token
 from internlm2.checkpoint.resolve import resolve_model
 from internlm2.checkpoint.source import Checkpoint, dtype_name
 from internlm2.engine.admission import Admission
 from internlm2.engine.compute.lora import Adapters
-from internlm2.engine.compute.page_cache import KVDtype, PageCache
+from internlm2.engine.compute.page_cache import PageCache
 from internlm2.engine.compute.runner import Runner
-from internlm2.engine.core import Engine
+from internlm2.engine.core import Drafter, Engine
 from internlm2.engine.frontend import Frontend
 from internlm2.engine.schedule.pages import PagePool
 from internlm2.engine.schedule.scheduler import Scheduler
+from internlm2.engine.speculative import NUM_DRAFT_TOKENS, DraftModel, PromptLookup
 from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError
 from internlm2.model.config import ModelConfig
-from internlm2.model.heads import Model, RopeMode
+from internlm2.model.heads import CausalLM, Model, RopeMode
 from internlm2.tokenizer import Tokenizer
 
 PAGE_SIZE = 16
@@ -44,7 +45,7 @@ class EngineOptions:
     device: str = "cpu"
     rope_mode: RopeMode = "stateless"
     max_model_len: int | Literal["auto"] | None = None
-    kv_dtype: KVDtype | None = None
+    kv_dtype: str | None = None
     memory_gib: float | None = None
     host_memory_gib: float = 0.0
     max_num_seqs: int = 64
@@ -52,6 +53,8 @@ class EngineOptions:
     prefix_cache: bool = True
     deterministic: bool = False
     adapters: Mapping[str, str | Path] | None = None
+    speculative: str | Path | None = None
+    num_draft_tokens: int = NUM_DRAFT_TOKENS
 
     def __post_init__(self) -> None:
         _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
@@ -63,11 +66,27 @@ class EngineOptions:
         length = self.max_model_len
         is_length = length is None or length == "auto" or (isinstance(length, int) and length >= 2)
         _check(is_length, "max_model_len", length, "'auto', None, or at least 2 (a prompt and an answer)")
+        _check(self.num_draft_tokens >= 1, "num_draft_tokens", self.num_draft_tokens, "at least 1")
+        if self.deterministic and self.speculative is not None:
+            raise RequestError(
+                "deterministic=True does not go with speculative decoding: how many tokens are checked together "
+                "depends on the guesses. Leave one of them off."
+            )
+        if self.host_memory_gib > 0 and self.draft_path is not None:
+            raise RequestError(
+                "host_memory_gib does not go with a draft model, whose keys and values stay on the device. Leave "
+                "one of them off, or use speculative='lookup'."
+            )
         if self.deterministic and self.adapters:
             raise RequestError(
                 "deterministic=True does not go with adapters: their matrix products depend on the batch. Merge the "
                 "adapter into the weights, or leave deterministic off."
             )
+
+    @property
+    def draft_path(self) -> str | Path | None:
+        """Where the draft model lies; None without one."""
+        return None if self.speculative == "lookup" else self.speculative
 
 
 def _check(is_good: bool, name: str, value: object, allowed: str) -> None:
@@ -115,7 +134,9 @@ def load(path: str | Path, options: EngineOptions) -> Loaded:
 def build(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
     """An engine around a model that is loaded already."""
     weight = model.model.tok_embeddings.weight
-    sizes = _sizes(model.config, options, dtype=weight.dtype, device=weight.device)
+    draft = None if options.draft_path is None else _load_draft(options.draft_path, tokenizer, options)
+    draft_config = None if draft is None else draft.config
+    sizes = _sizes(model.config, draft_config, options, dtype=weight.dtype, device=weight.device)
     pool = PagePool(
         sizes.num_pages,
         page_size=PAGE_SIZE,
@@ -149,8 +170,43 @@ def build(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
         rope_mode=model.rope_mode,
         adapters=lambda: () if adapters is None else adapters.names,
     )
-    frontend = Frontend(Engine(runner, scheduler), tokenizer, admission)
+    drafter = _drafter(draft, model, options, num_pages=sizes.num_pages)
+    frontend = Frontend(
+        Engine(runner, scheduler, vocab_size=tokenizer.vocab_size, drafter=drafter), tokenizer, admission
+    )
     return Loaded(model, tokenizer, frontend, adapters, sizes.max_model_len)
+
+
+def _load_draft(path: str | Path, tokenizer: Tokenizer, options: EngineOptions) -> CausalLM:
+    """The small model that guesses, once its vocabulary is known to be that of `tokenizer`."""
+    checkpoint, own = open_with_tokenizer(path)
+    if list(own.token_bytes) != list(tokenizer.token_bytes):
+        differing = sum(a != b for a, b in zip(own.token_bytes, tokenizer.token_bytes, strict=False))
+        raise RequestError(
+            f"The draft model {path} has another vocabulary ({own.vocab_size} tokens against {tokenizer.vocab_size}, "
+            f"{differing} of them different). Give a model with the same tokenizer, or use speculative='lookup'."
+        )
+    model = load_checkpoint(checkpoint, dtype=options.dtype, device=options.device)
+    return require_head(model, CausalLM, use="drafting")
+
+
+def _drafter(
+    draft: CausalLM | None, model: Model, options: EngineOptions, *, num_pages: int
+) -> Drafter | None:
+    if options.speculative is None:
+        return None
+    if draft is None:
+        return PromptLookup(num_draft_tokens=options.num_draft_tokens)
+    weight = draft.model.tok_embeddings.weight
+    cache = PageCache(
+        draft.config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=weight.dtype, device=weight.device
+    )
+    cost = _num_weights(draft) / _num_weights(model)
+    return DraftModel(draft, cache, cost=cost, num_draft_tokens=options.num_draft_tokens)
+
+
+def _num_weights(model: Model) -> int:
+    return sum(weight.numel() for weight in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -161,10 +217,17 @@ class _Sizes:
 
 
 def _sizes(
-    config: ModelConfig, options: EngineOptions, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    draft: ModelConfig | None,
+    options: EngineOptions,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> _Sizes:
-    """How many pages there are, and the longest sequence that they allow."""
+    """How many pages there are, and the longest sequence that they allow. draft: of the draft model."""
     page_bytes = PAGE_SIZE * kv_bytes_per_token(config, options.kv_dtype or dtype_name(dtype))
+    if draft is not None:
+        page_bytes += PAGE_SIZE * kv_bytes_per_token(draft, dtype_name(dtype))
     trained = context_limit(config)
     asked = options.max_model_len
     longest = asked if isinstance(asked, int) else trained  # None: as long as the memory allows

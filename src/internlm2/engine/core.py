@@ -64,7 +64,9 @@ class Stats:
 class Drafter(Protocol):
     """Proposes tokens that a sequence may go on with (speculative decoding)."""
 
-    def propose(self, sequences: Items[Sequence], limits: Items[int]) -> list[list[int]]:
+    def propose(
+        self, sequences: Items[Sequence], limits: Items[int], states: Items[SamplingState]
+    ) -> list[list[int]]:
         """At most `limits[i]` tokens for each decoding sequence; pages for them are there already."""
         ...
 
@@ -98,12 +100,23 @@ class _Live:
 
 
 class Engine:
-    """Steps sequences through the network. Not for several threads at once; see `frontend.py`."""
+    """Steps sequences through the network. Not for several threads at once; see `frontend.py`.
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, *, drafter: Drafter | None = None) -> None:
+    vocab_size: how many ids the tokenizer has, where the embedding has more rows.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        vocab_size: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.stats = Stats()
+        self._vocab_size = vocab_size
         self._drafter = drafter
         self._live: dict[int, _Live] = {}
 
@@ -211,7 +224,7 @@ class Engine:
             positions = range(begin, min(begin + 64, last))
             logits = self._logits(rows[begin - chunk.start : positions.stop - chunk.start])
             targets = [sequence.tokens[p + 1] for p in positions]
-            found = prompt_logprobs(logits, targets, live.top)
+            found = prompt_logprobs(logits, targets, live.top, vocab_size=self._vocab_size)
             live.prompt_logprobs.update(zip(positions, found, strict=True))
         if chunk.start + chunk.num_tokens >= sequence.num_prompt:
             sequence.logits_from = (
@@ -254,7 +267,7 @@ class Engine:
         first_rows: list[int] = []  # of each chunk, in `logits`
         at = 0
         for chunk, _ in choosing:
-            state = self._sampling(chunk)
+            state = self._state(chunk.sequence)
             first_rows.append(at)
             # Without memory of what came before, all rows of a sequence can be sampled at once.
             count = len(chunk.drafts) + 1 if state.is_stateless else 1
@@ -266,21 +279,21 @@ class Engine:
         updates: list[Update] = []
         at = 0
         for (chunk, _), first_row in zip(choosing, first_rows, strict=True):
-            count = len(chunk.drafts) + 1 if self._sampling(chunk).is_stateless else 1
+            count = len(chunk.drafts) + 1 if self._state(chunk.sequence).is_stateless else 1
             own = logits[first_row : first_row + len(chunk.drafts) + 1]
             updates.append(self._accept(chunk, own, _part_of(chosen, at, at + count)))
             at += count
         return updates
 
-    def _sampling(self, chunk: Chunk) -> SamplingState:
-        state = self._live[chunk.sequence.sequence_id].sampling
+    def _state(self, sequence: Sequence) -> SamplingState:
+        state = self._live[sequence.sequence_id].sampling
         assert state is not None
         return state
 
     def _accept(self, chunk: Chunk, logits: torch.Tensor, chosen: Sampled) -> Update:
         """Take tokens as long as the drafts before them were right. logits: (drafts + 1, V)."""
         live = self._live[chunk.sequence.sequence_id]
-        state = self._sampling(chunk)
+        state = self._state(chunk.sequence)
         sequence = chunk.sequence
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []
@@ -332,7 +345,8 @@ class Engine:
                 sequences.append(sequence)
                 limits.append(reserved)
         if sequences:
-            proposals = self._drafter.propose(sequences, limits)
+            states = [self._state(sequence) for sequence in sequences]
+            proposals = self._drafter.propose(sequences, limits, states)
             for sequence, proposal in zip(sequences, proposals, strict=True):
                 sequence.drafts = proposal
 

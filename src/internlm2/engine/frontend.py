@@ -6,8 +6,10 @@ caller that leaves early aborts its request; nothing it held stays behind.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 from internlm2.engine.admission import Admission
 from internlm2.engine.core import Engine, Update
@@ -17,6 +19,8 @@ from internlm2.engine.schedule.request import Task
 from internlm2.engine.text import Piece, TextStream
 from internlm2.errors import InternLM2Error
 from internlm2.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 _WAIT_SECONDS = 0.05  # how long a caller sleeps while another one steps
 
@@ -52,6 +56,14 @@ class Ticket:
         self.has_mail.set()
         if self._on_mail is not None:
             self._on_mail()
+
+
+@dataclass(frozen=True)
+class Job(Generic[T]):
+    """Requests that make one result. read: the result, once all tickets are done."""
+
+    tickets: list[Ticket]
+    read: Callable[[], T]
 
 
 class Frontend:
@@ -104,6 +116,18 @@ class Frontend:
         self._inbox.append(partial(self.engine.add, request, top=top))
         return ticket
 
+    def take_all(self, submissions: Iterable[Ticket]) -> list[Ticket]:
+        """Submit as `submissions` is gone through: all, or none when one is refused."""
+        tickets: list[Ticket] = []
+        try:
+            for ticket in submissions:
+                tickets.append(ticket)
+        except BaseException:
+            for ticket in tickets:
+                self.abort(ticket)
+            raise
+        return tickets
+
     def abort(self, ticket: Ticket) -> None:
         """Let a request go; finished ones are ignored. Takes effect before the next step."""
 
@@ -127,9 +151,10 @@ class Frontend:
         try:
             while True:
                 ticket.has_mail.clear()
+                is_done = ticket.is_done  # first: another thread may add the last piece right after the loop
                 while ticket.pieces:
                     yield ticket.pieces.popleft()
-                if ticket.is_done:
+                if is_done:
                     if ticket.error is not None:
                         raise ticket.error
                     return
@@ -151,10 +176,18 @@ class Frontend:
             for ticket in tickets:
                 self.abort(ticket)
 
+    def finish(self, job: Job[T]) -> T:
+        """Wait for all of a job, and read its result."""
+        self.wait(job.tickets)
+        return job.read()
+
     def step(self) -> bool:
         """Take what has come in and compute one step; False when there is nothing to do."""
-        with self._lock:
+        self._lock.acquire()
+        try:
             return self._step()
+        finally:
+            self._release()
 
     def _step_or_wait(self, ticket: Ticket) -> None:
         if not self._lock.acquire(blocking=False):
@@ -165,7 +198,16 @@ class Frontend:
             if not ticket.is_done and not ticket.has_mail.is_set():
                 self._step()
         finally:
-            self._lock.release()
+            self._release()
+
+    def _release(self) -> None:
+        """Let others step. An abort that came during this step does not wait for a next one, that may never be."""
+        self._lock.release()
+        while self._inbox and self._lock.acquire(blocking=False):
+            try:
+                self._take_inbox()
+            finally:
+                self._lock.release()
 
     def _step(self) -> bool:
         self._take_inbox()

@@ -3,7 +3,7 @@
 BOS is added to text prompts, as the official tokenizer does; chats end at `</s>` and `<|im_end|>` always.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,11 @@ import torch
 
 from internlm2.checkpoint.load import require_head
 from internlm2.engine.build import EngineOptions, load
-from internlm2.engine.compute.page_cache import KVDtype
 from internlm2.engine.core import Stats
-from internlm2.engine.frontend import Ticket
+from internlm2.engine.frontend import Job, Ticket
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.schedule.request import Task
+from internlm2.engine.speculative import NUM_DRAFT_TOKENS
 from internlm2.engine.text import Output, Piece, Score, join
 from internlm2.errors import RequestError
 from internlm2.model.heads import CausalLM, RopeMode
@@ -40,6 +40,10 @@ class LLM:
     prefix_cache: keep the keys of past prompts for new ones that begin alike. deterministic: an answer is bitwise
     the same whatever else is served (slower; see docs/architecture.md). adapters: LoRA folders by name.
 
+    speculative: guess up to num_draft_tokens tokens and check them in one step, with the same answer: "lookup" copies
+    from the text so far, a path names a smaller model of the same vocabulary. Where two tokens are as good as equally
+    likely, rounding may choose the other one; it depends on how many tokens a step computes.
+
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Hello"}]).text
     """
@@ -52,7 +56,7 @@ class LLM:
         device: str = "cpu",
         rope_mode: RopeMode = "stateless",
         max_model_len: int | Literal["auto"] | None = None,
-        kv_dtype: KVDtype | None = None,
+        kv_dtype: str | None = None,
         memory_gib: float | None = None,
         host_memory_gib: float = 0.0,
         max_num_seqs: int = 64,
@@ -60,6 +64,8 @@ class LLM:
         prefix_cache: bool = True,
         deterministic: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
+        speculative: str | Path | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
     ) -> None:
         options = EngineOptions(
             dtype=dtype,
@@ -74,6 +80,8 @@ class LLM:
             prefix_cache=prefix_cache,
             deterministic=deterministic,
             adapters=adapters,
+            speculative=speculative,
+            num_draft_tokens=num_draft_tokens,
         )
         loaded = load(path, options)
         self.model = require_head(loaded.model, CausalLM, use="generating text")
@@ -101,20 +109,26 @@ class LLM:
         params: for all prompts, or one for each. Raises RequestError for empty prompts, ids outside the vocabulary
         and prompts that leave no room for an answer, before anything is computed.
         """
+        return self.frontend.finish(self.begin_generate(prompts, params, adapter=adapter))
+
+    def begin_generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
+        on_mail: Callable[[], None] | None = None,
+    ) -> Job[list[Output]]:
+        """As `generate`, without waiting: for callers that wait in their own way, as `AsyncLLM` does."""
         if isinstance(prompts, str):
             raise RequestError("prompts is one text, but must be a list. Write [prompt].")
         each = self._each(params, len(prompts))
         encoded = [self.encode(prompt) for prompt in prompts]
-        tickets: list[Ticket] = []
-        try:
-            for ids, own in zip(encoded, each, strict=True):
-                tickets.append(self.frontend.submit(ids, own, adapter=adapter))
-        except BaseException:
-            for ticket in tickets:
-                self.frontend.abort(ticket)
-            raise
-        self.frontend.wait(tickets)
-        return [_output(*row) for row in zip(encoded, tickets, each, strict=True)]
+        tickets = self.frontend.take_all(
+            self.frontend.submit(ids, own, adapter=adapter, on_mail=on_mail)
+            for ids, own in zip(encoded, each, strict=True)
+        )
+        return Job(tickets, lambda: [_output(*row) for row in zip(encoded, tickets, each, strict=True)])
 
     def chat(
         self,
@@ -159,22 +173,46 @@ class LLM:
         Two texts are encoded together, as they would stand in a document; where their border falls inside a token,
         that token counts to the continuation. Raises RequestError for an empty continuation.
         """
+        return self.frontend.finish(self.begin_score(prompts, continuations, adapter=adapter))
+
+    def begin_score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        adapter: str | None = None,
+        on_mail: Callable[[], None] | None = None,
+    ) -> Job[list[Score]]:
+        """As `score`, without waiting."""
         pairs = [self._pair(*pair) for pair in zip(prompts, continuations, strict=True)]
-        tickets = [
-            self.frontend.submit_task(ids, Task.SCORE, logits_from=start - 1, top=1, adapter=adapter)
+        tickets = self.frontend.take_all(
+            self.frontend.submit_task(
+                ids, Task.SCORE, logits_from=start - 1, top=1, adapter=adapter, on_mail=on_mail
+            )
             for ids, start in pairs
-        ]
-        self.frontend.wait(tickets)
-        return [_score(ids[start:], ticket) for (ids, start), ticket in zip(pairs, tickets, strict=True)]
+        )
+        return Job(
+            tickets,
+            lambda: [_score(ids[start:], own) for (ids, start), own in zip(pairs, tickets, strict=True)],
+        )
 
     def embed(self, texts: Sequence[Prompt], *, adapter: str | None = None) -> torch.Tensor:
         """The mean of the last hidden states over all tokens of each text: (texts, C) float32."""
-        tickets = [
-            self.frontend.submit_task(self.encode(text), Task.EMBED, adapter=adapter) for text in texts
-        ]
-        self.frontend.wait(tickets)
-        vectors = [ticket.last_updates[0].vector for ticket in tickets]
-        return torch.stack([vector for vector in vectors if vector is not None])
+        return self.frontend.finish(self.begin_embed(texts, adapter=adapter))
+
+    def begin_embed(
+        self,
+        texts: Sequence[Prompt],
+        *,
+        adapter: str | None = None,
+        on_mail: Callable[[], None] | None = None,
+    ) -> Job[torch.Tensor]:
+        """As `embed`, without waiting."""
+        tickets = self.frontend.take_all(
+            self.frontend.submit_task(self.encode(text), Task.EMBED, adapter=adapter, on_mail=on_mail)
+            for text in texts
+        )
+        return Job(tickets, lambda: _stack(tickets))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: text gets BOS, ids stay."""
@@ -210,6 +248,11 @@ class LLM:
                 f"There are {len(params)} params for {count} prompts. Give one, or one for each."
             )
         return params
+
+
+def _stack(tickets: list[Ticket]) -> torch.Tensor:
+    vectors = [ticket.last_updates[0].vector for ticket in tickets]
+    return torch.stack([vector for vector in vectors if vector is not None])
 
 
 def _output(ids: list[int], ticket: Ticket, params: SamplingParams) -> Output:

@@ -44,17 +44,20 @@ class PagedAttend:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMeta
     ) -> torch.Tensor:
         """q: (N, 1, H, D); k and v: (N, 1, K, D) -> (N, 1, H, D)."""
-        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        num_rows = len(self._batch.slots)  # rows behind them are padding
+        padding = q.new_zeros(len(q) - num_rows, *q.shape[1:])
+        q, k, v = q[:num_rows, 0], k[:num_rows, 0], v[:num_rows, 0]
         self._cache.write(meta.layer, self._batch.slots, self._batch.first_slot, k, v)
         if len(self._single) == 1 and self._padded is None:
-            return self._attend_one(0, q, k, v, meta)[:, None]
+            out = self._attend_one(0, q, k, v, meta)[:, None]
+            return torch.cat((out, padding)) if len(padding) else out
         out = torch.empty_like(q)
         for index, span in enumerate(self._single):
             rows = slice(span.start, span.start + span.num_rows)
             out[rows] = self._attend_one(index, q[rows], k[rows], v[rows], meta)
         if self._padded is not None:
             self._padded.attend(q, out, meta)
-        return out[:, None]
+        return torch.cat((out[:, None], padding)) if len(padding) else out[:, None]
 
     def _attend_one(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMeta

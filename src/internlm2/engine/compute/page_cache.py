@@ -5,15 +5,12 @@ in place. Memory is reserved at once and touched only where it is written (on a 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from internlm2.engine.schedule.pages import Direction, Move
 from internlm2.model.config import ModelConfig
 from internlm2.quant import kv
-
-KVDtype = Literal["int8"]
 
 
 class PageCache:
@@ -31,7 +28,7 @@ class PageCache:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        kv_dtype: KVDtype | None = None,
+        kv_dtype: str | None = None,
         num_host_pages: int = 0,
         num_key_value_heads: int | None = None,
     ) -> None:

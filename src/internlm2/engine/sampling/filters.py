@@ -109,6 +109,10 @@ def _uniforms(draws: Sequence[Draw]) -> torch.Tensor:
     return torch.tensor([one.uniform for one in draws], dtype=torch.float64)
 
 
+def _column(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
 def _invert(
     weights: torch.Tensor, *, uniforms: torch.Tensor | None = None, targets: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,12 +137,14 @@ def shortlist(logits: torch.Tensor, draws: Sequence[Draw]) -> Shortlist:
     """What the filters keep among the best tokens of each row of logits (R, V)."""
     values, ids = _candidates(logits)  # (R, K)
     params = [one.params for one in draws]
+    if values.shape[1] == logits.shape[1]:  # nothing lies beyond
+        scaled = (values.double() - values[:, :1]) / _column([one.temperature for one in params])
+        weights, _ = _keep(values, params, scaled.exp().sum(-1), margin=0.0)
+        return Shortlist(ids, weights, [True] * len(params))
     masses = torch.zeros(len(params), dtype=torch.float64)
     if any(one.top_p < 1 and not one.top_k for one in params):
         masses = _masses(logits, draws)
     weights, is_open = _keep(values, params, masses, margin=MARGIN)
-    if values.shape[1] == logits.shape[1]:
-        is_open[:] = False
     return Shortlist(ids, weights, (~is_open).tolist())
 
 
@@ -176,22 +182,24 @@ def _keep(
     1; unused with top-k. Returns the weights (R, K), 0 where cut, and whether (R,) what lies beyond the K or within
     `margin` of an edge could change them.
     """
-    temperature, top_p, min_p, typical_p = (
-        torch.tensor(column, dtype=torch.float64)[:, None]
-        for column in zip(*((p.temperature, p.top_p, p.min_p, p.typical_p) for p in params), strict=True)
-    )
+    temperature = _column([one.temperature for one in params])
+    top_p = _column([one.top_p for one in params])
+    min_p = _column([one.min_p for one in params])
+    typical_p = _column([one.typical_p for one in params])
     top_k = torch.tensor([min(p.top_k, 1 << 40) for p in params])[:, None]
     scaled = (values.double() - values[:, :1]) / temperature  # (R, K), from 0 down
     weights = scaled.exp()
     smallest = values.gather(1, (top_k - 1).clamp(0, values.shape[1] - 1))
     weights = torch.where((top_k > 0) & (values < smallest), 0.0, weights)
+    # NOTE: where top-k keeps more than the K, their sum is not the mass that top-p takes its share of.
+    is_short = (top_k > 0) & (top_p < 1) & (smallest <= values[:, -1:]) & (weights[:, -1:] > 0)  # (R, 1)
     cumulative = weights.cumsum(-1)
     edge = top_p * torch.where(top_k > 0, cumulative[:, -1:], masses[:, None])
     before = F.pad(cumulative[:, :-1], (1, 0))
     is_near = (top_p < 1) & (top_k == 0) & ((before - edge).abs() < margin * masses[:, None])
     weights = torch.where((top_p < 1) & (before >= edge), 0.0, weights)
     weights = torch.where(weights < min_p, 0.0, weights)
-    is_open = is_near.any(-1) | ((weights > 0) & (values <= values[:, -1:])).any(-1)
+    is_open = is_short[:, 0] | is_near.any(-1) | ((weights > 0) & (values <= values[:, -1:])).any(-1)
     if bool((typical_p < 1).any()):
         weights = torch.where(_is_typical(scaled, weights, typical_p), weights, 0.0)
     return weights, is_open

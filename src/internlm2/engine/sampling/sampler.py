@@ -113,7 +113,9 @@ class SamplingState:
         return RowChanges(self._penalties, too_early, self.constraint)
 
     def _too_early(self, index: int) -> Sequence[int]:
-        return sorted(self.stop_ids) if index < self.params.min_tokens else ()
+        if index >= self.params.min_tokens:
+            return ()
+        return sorted(token for token in self.stop_ids if token < self.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Memory budgets and bad requests: each a clear error, and the engine goes on."""
+
+import pytest
+
+from internlm2 import LLM, SamplingParams
+from internlm2.errors import MemoryBudgetError, RequestError
+
+
+@pytest.fixture(scope="module")
+def llm(chat_folder):
+    return LLM(chat_folder, dtype="float32", memory_gib=0.01, max_num_seqs=4)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"memory_gib": -1.0}, "memory_gib is -1.0, but must be above 0"),
+    ({"host_memory_gib": -1.0}, "host_memory_gib is -1.0"),
+    ({"kv_dtype": "int3"}, "kv_dtype is 'int3', but must be None"),
+    ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+    ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+    ({"max_model_len": 1}, "max_model_len is 1"),
+    ({"max_model_len": "long"}, "max_model_len is 'long'"),
+    ({"deterministic": True, "adapters": {"a": "b"}}, "deterministic=True does not go with adapters"),
+])  # fmt: skip
+def test_impossible_options_are_refused(chat_folder, options, message):
+    with pytest.raises(RequestError, match=message):
+        LLM(chat_folder, **options)
+
+
+def test_a_budget_too_small_for_one_sequence_is_told(chat_folder):
+    with pytest.raises(
+        MemoryBudgetError, match=r"holds \d+ tokens of .* KiB, but one sequence may have 100000"
+    ):
+        LLM(chat_folder, dtype="float32", max_model_len=100_000, memory_gib=0.01)
+    with pytest.raises(MemoryBudgetError, match="memory_gib=1e"):
+        LLM(chat_folder, dtype="float32", memory_gib=1e6)
+
+
+def test_auto_takes_the_longest_that_fits(chat_folder, monkeypatch):
+    monkeypatch.setattr("internlm2.checkpoint.memory.available_bytes", lambda: 100 << 20)
+    auto = LLM(chat_folder, dtype="float32", max_model_len="auto")
+    pool = auto.frontend.engine.scheduler.pool
+    cache = auto.frontend.engine.runner.cache
+    assert auto.max_model_len == pool.num_pages * 16
+    assert (90 << 20) - 16 * cache.num_bytes // (pool.num_pages * 16) <= cache.num_bytes <= 90 << 20
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), [
+    ([], {}, "The prompt is empty"),
+    ([1, 99_999], {}, "The prompt has token id 99999"),
+    ([1, -1], {}, "The prompt has token id -1"),
+    ([1] * 200_000, {}, "The prompt has 200000 tokens, but this model takes"),
+    ([1, 2], {"stop_token_ids": (99_999,)}, "stop_token_ids holds 99999"),
+    ([1, 2], {"logit_bias": {99_999: 1.0}}, "logit_bias holds 99999"),
+    ([1, 2], {"bad_words_ids": ((99_999,),)}, "bad_words_ids holds 99999"),
+    ([1, 2, 3], {"length_limit": 3}, "length_limit is 3, but the prompt alone has"),
+])  # fmt: skip
+def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, params, message):
+    before = llm.generate(["Hello"], SamplingParams(max_tokens=5))
+    with pytest.raises(RequestError, match=message):
+        llm.generate(["Hello", prompt], SamplingParams(max_tokens=5, **params))
+    assert llm.generate(["Hello"], SamplingParams(max_tokens=5)) == before
+    assert not llm.frontend.engine.has_work
+    assert llm.frontend.engine.scheduler.pool.num_held == 0
+
+
+def test_unknown_adapters_and_uneven_params_are_refused(llm):
+    with pytest.raises(RequestError, match="There is no adapter 'poet'"):
+        llm.generate(["Hello"], adapter="poet")
+    with pytest.raises(RequestError, match="There are 1 params for 2 prompts"):
+        llm.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(RequestError, match="The continuation is empty"):
+        llm.score(["a"], [""])
+
+
+def test_scores_add_up_and_know_what_greedy_would_write(llm):
+    [answer] = llm.generate([[1, 70, 71]], SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0))
+    [score] = llm.score([[1, 70, 71]], [answer.token_ids])
+    assert score.is_greedy
+    assert score.token_logprobs == pytest.approx([t.logprob for t in answer.logprobs], abs=1e-5)
+    assert score.logprob == pytest.approx(sum(score.token_logprobs))
+    other = llm.score([[1, 70, 71]], [[answer.token_ids[0], (answer.token_ids[1] + 1) % 200]])[0]
+    assert not other.is_greedy
+
+
+def test_several_samples_differ_and_share_their_prompt(llm):
+    params = SamplingParams(max_tokens=8, n=3, temperature=1.0, seed=4, ignore_eos=True)
+    prompt = [1, *range(60, 120)]
+    before = llm.stats.num_prompt_tokens
+    [out] = llm.generate([prompt], params)
+    assert len({tuple(s.token_ids) for s in out.samples}) == 3
+    assert out.samples[0].token_ids == out.token_ids
+    assert llm.stats.num_prompt_tokens - before < 2 * len(prompt)
+    again = llm.generate([prompt], params)[0]
+    assert [s.token_ids for s in again.samples] == [s.token_ids for s in out.samples]
+
+
+def test_leaving_a_stream_early_frees_everything(llm):
+    stream = llm.stream("Hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    assert llm.frontend.engine.has_work
+    stream.close()
+    assert not llm.frontend.engine.has_work
+    assert llm.frontend.engine.scheduler.pool.num_held == 0
