@@ -26,6 +26,9 @@ bench: .venv/.ready
 	.venv/bin/python benchmarks/tokenizer.py
 	.venv/bin/python benchmarks/decode.py
 	.venv/bin/python benchmarks/threads.py
+	.venv/bin/python benchmarks/engine.py
+	.venv/bin/python benchmarks/speculative.py
+	.venv/bin/python benchmarks/long_context.py
 
 clean:
 	rm -rf .venv build dist
