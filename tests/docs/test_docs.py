@@ -43,7 +43,7 @@ def test_the_readme_commands_run(page, demo):
 @pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
 def test_the_readme_python_runs(page, demo):
     scripts = blocks(page, "python")
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         short = script.replace(
             "stream_chat([", "stream_chat(params=internlm2.SamplingParams(max_tokens=8), messages=["
