@@ -4,6 +4,7 @@ A slot of a page holds (namespace, all tokens up to and including it, how it was
 and values depend on. `how` is None where it does not matter.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 
 from internlm2.engine.schedule.pages import Direction, Move, PagePool, Pages
@@ -56,15 +57,15 @@ class ShadowMemory:
         for node in pool._tree:
             assert node.parent is not None
             namespace, prefix = prefixes.get(node.parent, (node.parent.key, ()))
-            assert isinstance(node.key, tuple)
-            prefixes[node] = namespace, prefix + node.key
+            assert isinstance(node.key, bytes)
+            prefixes[node] = namespace, prefix + tuple(array("i", node.key))
             if not node.is_ready:
                 continue
             assert node.parent.parent is None or node.parent.is_ready
             slots = self.host[node.host_page] if node.page is None else self.device[node.page]
             for offset in range(self.page_size):
                 position = len(prefix) + offset
-                expected = (namespace, (prefix + node.key)[: position + 1], how(position))
+                expected = (namespace, prefixes[node][1][: position + 1], how(position))
                 assert slots[offset] == expected, "the cache lies about a page"
 
 

@@ -1,7 +1,8 @@
 """From a path to an engine: loads the model, decides how much memory its keys and values get, and says so."""
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,14 +19,17 @@ from internlm2.engine.admission import Admission
 from internlm2.engine.compute.lora import Adapters
 from internlm2.engine.compute.page_cache import PageCache
 from internlm2.engine.compute.runner import Runner
+from internlm2.engine.compute.split import LeadingRunner
 from internlm2.engine.core import Drafter, Engine
 from internlm2.engine.frontend import Frontend
 from internlm2.engine.schedule.pages import PagePool
 from internlm2.engine.schedule.scheduler import Scheduler
 from internlm2.engine.speculative import NUM_DRAFT_TOKENS, DraftModel, PromptLookup
+from internlm2.engine.workers import Workers
 from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError
 from internlm2.model.config import ModelConfig
 from internlm2.model.heads import CausalLM, Model, RopeMode
+from internlm2.parallel import shard_plan
 from internlm2.tokenizer import Tokenizer
 
 PAGE_SIZE = 16
@@ -55,6 +59,7 @@ class EngineOptions:
     adapters: Mapping[str, str | Path] | None = None
     speculative: str | Path | None = None
     num_draft_tokens: int = NUM_DRAFT_TOKENS
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
@@ -67,6 +72,8 @@ class EngineOptions:
         is_length = length is None or length == "auto" or (isinstance(length, int) and length >= 2)
         _check(is_length, "max_model_len", length, "'auto', None, or at least 2 (a prompt and an answer)")
         _check(self.num_draft_tokens >= 1, "num_draft_tokens", self.num_draft_tokens, "at least 1")
+        _check(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "at least 1")
+        self._check_split()
         if self.deterministic and self.speculative is not None:
             raise RequestError(
                 "deterministic=True does not go with speculative decoding: how many tokens are checked together "
@@ -83,6 +90,19 @@ class EngineOptions:
                 "adapter into the weights, or leave deterministic off."
             )
 
+    def _check_split(self) -> None:
+        kinds = {
+            "deterministic=True": self.deterministic,
+            "adapters": bool(self.adapters),
+            "a draft model": self.draft_path is not None,
+        }
+        for name, is_wanted in kinds.items():
+            if self.tensor_parallel > 1 and is_wanted:
+                raise RequestError(
+                    f"tensor_parallel={self.tensor_parallel} does not go with {name}, which needs the whole model in "
+                    "one process. Leave one of them off."
+                )
+
     @property
     def draft_path(self) -> str | Path | None:
         """Where the draft model lies; None without one."""
@@ -96,13 +116,14 @@ def _check(is_good: bool, name: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready for requests."""
+    """A model that is ready for requests. close: lets the other processes of a split model go; else nothing."""
 
     model: Model
     tokenizer: Tokenizer
     frontend: Frontend
     adapters: Adapters | None
     max_model_len: int
+    close: Callable[[], object]
 
 
 def open_with_tokenizer(path: str | Path) -> tuple[Checkpoint, Tokenizer]:
@@ -125,18 +146,45 @@ def open_with_tokenizer(path: str | Path) -> tuple[Checkpoint, Tokenizer]:
 def load(path: str | Path, options: EngineOptions) -> Loaded:
     """Load a checkpoint of any head with its tokenizer and build an engine around it."""
     checkpoint, tokenizer = open_with_tokenizer(path)
-    model = load_checkpoint(
-        checkpoint, dtype=options.dtype, device=options.device, rope_mode=options.rope_mode
+    if options.tensor_parallel == 1:
+        model = load_checkpoint(
+            checkpoint, dtype=options.dtype, device=options.device, rope_mode=options.rope_mode
+        )
+        return build(model, tokenizer, options)
+    shard_plan(
+        checkpoint.config, options.tensor_parallel
+    )  # refuses what cannot be split, before anything starts
+    workers = Workers(
+        str(checkpoint.path),
+        size=options.tensor_parallel,
+        dtype=options.dtype,
+        device=options.device,
+        rope_mode=options.rope_mode,
     )
-    return build(model, tokenizer, options)
+    try:
+        model = load_checkpoint(
+            checkpoint,
+            dtype=options.dtype,
+            device=workers.device,
+            rope_mode=options.rope_mode,
+            group=workers.group,
+        )
+        return build(model, tokenizer, options, workers)
+    except BaseException:
+        workers.kill()
+        raise
 
 
-def build(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
-    """An engine around a model that is loaded already."""
+def build(
+    model: Model, tokenizer: Tokenizer, options: EngineOptions, workers: Workers | None = None
+) -> Loaded:
+    """An engine around a model that is loaded already. workers: who holds the other parts of it."""
     weight = model.model.tok_embeddings.weight
     draft = None if options.draft_path is None else _load_draft(options.draft_path, tokenizer, options)
-    draft_config = None if draft is None else draft.config
-    sizes = _sizes(model.config, draft_config, options, dtype=weight.dtype, device=weight.device)
+    left = memory.available_on(weight.device) if workers is None else workers.bytes_left()
+    sizes = _sizes(
+        model.config, None if draft is None else draft.config, options, dtype=weight.dtype, left=left
+    )
     pool = PagePool(
         sizes.num_pages,
         page_size=PAGE_SIZE,
@@ -156,7 +204,15 @@ def build(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
     for name, folder in (options.adapters or {}).items():
         assert adapters is not None
         adapters.add(name, folder)
-    runner = Runner(model, cache, adapters=adapters, is_deterministic=options.deterministic)
+    close: Callable[[], object] = _nothing
+    if workers is None:
+        runner = Runner(model, cache, adapters=adapters, is_deterministic=options.deterministic)
+    else:
+        leader = workers.lead(cache, num_pages=sizes.num_pages, num_host_pages=sizes.num_host_pages)
+        runner = LeadingRunner(model, cache, leader)
+        close = weakref.finalize(
+            runner, workers.close, leader
+        )  # at the end of the interpreter, if not before
     scheduler = Scheduler(
         pool,
         max_num_seqs=options.max_num_seqs,
@@ -171,10 +227,13 @@ def build(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
         adapters=lambda: () if adapters is None else adapters.names,
     )
     drafter = _drafter(draft, model, options, num_pages=sizes.num_pages)
-    frontend = Frontend(
-        Engine(runner, scheduler, vocab_size=tokenizer.vocab_size, drafter=drafter), tokenizer, admission
-    )
-    return Loaded(model, tokenizer, frontend, adapters, sizes.max_model_len)
+    engine = Engine(runner, scheduler, vocab_size=tokenizer.vocab_size, drafter=drafter)
+    frontend = Frontend(engine, tokenizer, admission)
+    return Loaded(model, tokenizer, frontend, adapters, sizes.max_model_len, close)
+
+
+def _nothing() -> None:
+    """What closing a model of one process does."""
 
 
 def _load_draft(path: str | Path, tokenizer: Tokenizer, options: EngineOptions) -> CausalLM:
@@ -222,16 +281,19 @@ def _sizes(
     options: EngineOptions,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    left: int | None,
 ) -> _Sizes:
-    """How many pages there are, and the longest sequence that they allow. draft: of the draft model."""
+    """How many pages there are, and the longest sequence that they allow.
+
+    draft: of the draft model. left: bytes that the device has left for this process; None: the system does not tell.
+    """
     page_bytes = PAGE_SIZE * kv_bytes_per_token(config, options.kv_dtype or dtype_name(dtype))
     if draft is not None:
         page_bytes += PAGE_SIZE * kv_bytes_per_token(draft, dtype_name(dtype))
     trained = context_limit(config)
     asked = options.max_model_len
     longest = asked if isinstance(asked, int) else trained  # None: as long as the memory allows
-    num_pages = _budget_bytes(options, longest, page_bytes, device=device) // page_bytes
+    num_pages = _budget_bytes(options, longest, page_bytes, left) // page_bytes
     if longest is not None:
         num_pages = min(num_pages, options.max_num_seqs * -(-longest // PAGE_SIZE))
     capacity = num_pages * PAGE_SIZE
@@ -251,25 +313,26 @@ def _sizes(
         )
     num_host_pages = int(options.host_memory_gib * GIB) // page_bytes
     memory.check_fits(
-        num_host_pages * page_bytes,
+        num_host_pages * page_bytes * options.tensor_parallel,
         device=torch.device("cpu"),
         what="The host memory for idle keys and values",
     )
     return _Sizes(num_pages, num_host_pages, max_model_len)
 
 
-def _budget_bytes(
-    options: EngineOptions, longest: int | None, page_bytes: int, *, device: torch.device
-) -> int:
+def _budget_bytes(options: EngineOptions, longest: int | None, page_bytes: int, left: int | None) -> int:
     if options.memory_gib is not None:
         budget = int(options.memory_gib * GIB)
-        memory.check_fits(budget, device=device, what=f"memory_gib={options.memory_gib:g}")
+        if left is not None and budget > left:
+            raise MemoryBudgetError(
+                f"memory_gib is {options.memory_gib:g}, but {options.device} has {left / GIB:.1f} GiB left. Close "
+                "other programs, or give less."
+            )
         return budget
-    left = memory.available_on(device)
-    if left is None:  # a system that does not tell
+    if left is None:
         return int(DEFAULT_GIB * GIB)
     if options.max_model_len == "auto":
         return int(left * AUTO_SHARE)
     needed = 0 if longest is None else -(-longest // PAGE_SIZE) * page_bytes
     wanted = max(int(DEFAULT_GIB * GIB), needed)
-    return min(wanted, int(left * (AUTO_SHARE if device.type == "cuda" else SAFE_SHARE)))
+    return min(wanted, int(left * (AUTO_SHARE if options.device.startswith("cuda") else SAFE_SHARE)))

@@ -44,6 +44,9 @@ class LLM:
     from the text so far, a path names a smaller model of the same vocabulary. Where two tokens are as good as equally
     likely, rounding may choose the other one; it depends on how many tokens a step computes.
 
+    tensor_parallel: split the model over so many GPUs ("cuda") or processes of this machine ("cpu"); memory_gib is
+    then that of each. `close` ends the other processes.
+
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Hello"}]).text
     """
@@ -66,6 +69,7 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None,
         speculative: str | Path | None = None,
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
+        tensor_parallel: int = 1,
     ) -> None:
         options = EngineOptions(
             dtype=dtype,
@@ -82,6 +86,7 @@ class LLM:
             adapters=adapters,
             speculative=speculative,
             num_draft_tokens=num_draft_tokens,
+            tensor_parallel=tensor_parallel,
         )
         loaded = load(path, options)
         self.model = require_head(loaded.model, CausalLM, use="generating text")
@@ -89,6 +94,11 @@ class LLM:
         self.max_model_len = loaded.max_model_len
         self.frontend = loaded.frontend
         self.adapters = loaded.adapters
+        self._close = loaded.close
+
+    def close(self) -> None:
+        """End the other processes of a split model; it cannot be used afterwards. Others need no closing."""
+        self._close()
 
     @property
     def stats(self) -> Stats:

@@ -20,13 +20,21 @@ class RewardScorer:
     """A reward model and its tokenizer. path: folder or Hugging Face id of a reward checkpoint.
 
     Conversations that begin alike, such as several answers to one question, share the computation of that part.
+    tensor_parallel: as in `LLM`.
     """
 
-    def __init__(self, path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
-        loaded = load(path, EngineOptions(dtype=dtype, device=device))
+    def __init__(
+        self, path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu", tensor_parallel: int = 1
+    ) -> None:
+        loaded = load(path, EngineOptions(dtype=dtype, device=device, tensor_parallel=tensor_parallel))
         self.model = require_head(loaded.model, RewardModel, use="scoring conversations")
         self.tokenizer = loaded.tokenizer
         self.frontend = loaded.frontend
+        self._close = loaded.close
+
+    def close(self) -> None:
+        """End the other processes of a split model."""
+        self._close()
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation as the reward model reads it, the reward token last."""

@@ -113,7 +113,7 @@ class TensorGroup:
         try:
             self._together(lambda: dist.monitored_barrier(self._messages, timeout=self._timeout))
         finally:
-            self._leave()
+            self.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -124,12 +124,14 @@ class TensorGroup:
         """Close; after an error leave at once, so that the others learn of it instead of waiting."""
         if error is None:
             self.close()
-        elif self._is_open:
-            self._leave()
+        else:
+            self.leave()
 
-    def _leave(self) -> None:
-        self._is_open = False
-        dist.destroy_process_group()
+    def leave(self) -> None:
+        """Leave at once; the others learn of it by an error. A second call does nothing."""
+        if self._is_open:
+            self._is_open = False
+            dist.destroy_process_group()
 
     def _together(self, collective: Callable[[], object]) -> None:
         try:

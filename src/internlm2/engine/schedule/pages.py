@@ -161,7 +161,7 @@ class PagePool:
         for index in range(len(pages.nodes), min(len(pages.ids), limit // self.page_size)):
             parent = self._last_node(pages)
             key = self._tree.key(tokens, index)
-            if key in parent.children:  # another sequence is at it; this one keeps its pages to itself
+            if parent.child(key) is not None:  # another sequence is at it; this one keeps its pages to itself
                 return
             node = self._insert(parent, key, pages.ids[index])
             node.priority = priority
@@ -178,7 +178,7 @@ class PagePool:
         for index in range(len(pages.nodes), num_full):
             parent = self._last_node(pages)
             key = self._tree.key(tokens, index)
-            known = parent.children.get(key)
+            known = parent.child(key)
             if known is None:
                 known = self._insert(parent, key, pages.ids[index])
             elif not known.is_ready:
@@ -291,7 +291,7 @@ class PagePool:
             return
         branch = [node]  # what hangs below it goes too, and all of that lies in host memory
         for member in branch:
-            branch += member.children.values()
+            branch += member.children
         for member in reversed(branch):
             self._remove(member)
 
@@ -377,10 +377,10 @@ class PagePool:
         for node in nodes:
             parent = node.parent
             assert parent is not None
-            assert parent.children[node.key] is node, "a node is not where its tokens say"
+            assert parent.child(node.key) is node, "a node is not where its tokens say"
             assert node.num_holders == num_holders.pop(node, 0), "a node counts its holders wrongly"
             assert node.is_ready or node.num_holders == 1, "an unfinished page is shared"
-            here = sum(child.page is not None for child in node.children.values())
+            here = sum(child.page is not None for child in node.children)
             assert here == node.num_children_here, "a node counts its children on the device wrongly"
             assert (node.page is None) != (node.host_page is None), "a node lies nowhere, or twice"
             if node.page is not None:

@@ -2,8 +2,9 @@
 
 import heapq
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(eq=False, slots=True)
@@ -14,18 +15,51 @@ class Node:
     host_page is where it lies in host memory. The parent of what lies on the device lies there too. num_holders:
     sequences that use it now. num_children_here: children on the device. is_ready: its keys and values are computed;
     until then one sequence alone holds it, whose priority is noted here.
+
+    A context of 200,000 tokens has 12,500 nodes, nearly all with one child; so that child needs no dictionary.
     """
 
     parent: "Node | None"
     key: object
     page: int | None = None
     host_page: int | None = None
-    children: "dict[object, Node]" = field(default_factory=dict)
+    _children: "Node | dict[object, Node] | None" = None
     num_holders: int = 0
     num_children_here: int = 0
     is_ready: bool = False
     priority: int = 0
     last_used: int = 0
+
+    @property
+    def children(self) -> "list[Node]":
+        """The nodes that go on from here."""
+        if isinstance(self._children, dict):
+            return list(self._children.values())
+        return [] if self._children is None else [self._children]
+
+    def child(self, key: object) -> "Node | None":
+        """The node that goes on with `key`."""
+        if isinstance(self._children, dict):
+            return self._children.get(key)
+        return self._children if self._children is not None and self._children.key == key else None
+
+    def add_child(self, node: "Node") -> None:
+        """Enter a node whose key is new here."""
+        if isinstance(self._children, dict):
+            self._children[node.key] = node
+        elif self._children is None:
+            self._children = node
+        else:
+            self._children = {self._children.key: self._children, node.key: node}
+
+    def remove_child(self, node: "Node") -> None:
+        """Take out a node that was entered."""
+        if isinstance(self._children, dict):
+            del self._children[node.key]
+        else:
+            assert self._children is node
+        if not isinstance(self._children, dict) or not self._children:
+            self._children = None
 
     @property
     def is_gone(self) -> bool:
@@ -40,7 +74,7 @@ class Node:
     @property
     def may_leave_host(self) -> bool:
         """Whether it lies in host memory and nothing depends on it."""
-        return self.host_page is not None and not self.children
+        return self.host_page is not None and self._children is None
 
 
 class PrefixTree:
@@ -50,9 +84,9 @@ class PrefixTree:
         self.page_size = page_size
         self._roots: dict[object, Node] = {}
 
-    def key(self, tokens: Sequence[int], index: int) -> tuple[int, ...]:
-        """The tokens of page `index`."""
-        return tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+    def key(self, tokens: Sequence[int], index: int) -> bytes:
+        """The tokens of page `index`, packed: half the memory of a tuple."""
+        return array("i", tokens[index * self.page_size : (index + 1) * self.page_size]).tobytes()
 
     def root(self, namespace: object) -> Node:
         """Where a namespace begins. A new one must be given a child at once."""
@@ -70,7 +104,7 @@ class PrefixTree:
             trail.pop()
         node = trail[-1] if trail else self._roots.get(namespace)
         for index in range(len(trail), limit // self.page_size):
-            node = None if node is None else node.children.get(self.key(tokens, index))
+            node = None if node is None else node.child(self.key(tokens, index))
             if node is None:
                 break
             if not node.is_ready:
@@ -80,22 +114,23 @@ class PrefixTree:
 
     def insert(self, parent: Node, key: object) -> Node:
         """A new leaf."""
-        node = parent.children[key] = Node(parent, key)
+        node = Node(parent, key)
+        parent.add_child(node)
         return node
 
     def remove(self, node: Node) -> None:
         """Take a leaf out."""
         assert not node.children
         assert node.parent is not None
-        del node.parent.children[node.key]
+        node.parent.remove_child(node)
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.parent.key]
 
     def __iter__(self) -> Iterator[Node]:
         """Every node but the roots, parents before children."""
-        nodes = [child for root in self._roots.values() for child in root.children.values()]
+        nodes = [child for root in self._roots.values() for child in root.children]
         for node in nodes:
-            nodes += node.children.values()
+            nodes += node.children
             yield node
 
 
