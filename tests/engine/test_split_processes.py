@@ -61,7 +61,8 @@ def test_pages_move_to_host_memory_and_int8_in_every_process(chat_folder):
         )
         outs = [llm.generate([prompt], params)[0] for prompt in prompts]
         found.append([out.token_ids for out in outs])
-        assert [out.num_cached_tokens > 0 for out in outs] == [False] * 3 + [True] * 3  # back from host memory
+        # The second time they come back from host memory.
+        assert [out.num_cached_tokens > 0 for out in outs] == [False] * 3 + [True] * 3
         llm.close()
     assert found[0] == found[1]
 

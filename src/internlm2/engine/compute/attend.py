@@ -18,6 +18,7 @@ _SEGMENT_TOKENS = 8192  # a copied or unpacked piece is no longer than this
 _SHORT_RUN = 256  # runs below this are copied together
 _PADDED_KEYS = 512  # decoding sequences up to this long share one padded call
 _PADDED_ROWS = 4  # when there are at least so many
+_PLAIN_ROWS, _PLAIN_KEYS = 256, 2048  # a block of scores of attention that is written out
 _SPLIT_KEYS = 2048  # a single query over more keys than this is cut into pieces for the threads
 
 
@@ -109,29 +110,30 @@ def _even_pieces(span: Span, cache: PageCache) -> Iterator[torch.Tensor]:
 
 
 class _Merged:
-    """Attention over several sets of keys, joined: each set's result weighs by the sum of its exponentials."""
+    """Attention over several sets of keys, joined as they come: each weighs by the sum of its exponentials."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._out: torch.Tensor | None = None  # (T, H, D), float32 once there are two
+        self._log_sum = torch.empty(0)  # (T, H)
 
     def add(self, out: torch.Tensor, log_sum: torch.Tensor) -> None:
         """out: (T, H, D), log_sum: (T, H) float32."""
-        self._parts.append((out, log_sum))
+        if self._out is None:
+            self._out, self._log_sum = out, log_sum
+            return
+        both = torch.logaddexp(self._log_sum, log_sum)
+        old, new = ((part - both).exp()[..., None] for part in (self._log_sum, log_sum))
+        self._out = self._out * old + out * new  # float32, as the weights are
+        self._log_sum = both
 
     def log_sum(self) -> torch.Tensor:
         """Of all sets together, (T, H)."""
-        return torch.stack([log_sum for _, log_sum in self._parts]).logsumexp(0)
+        return self._log_sum
 
     def result(self, dtype: torch.dtype) -> torch.Tensor:
         """(T, H, D)."""
-        if len(self._parts) == 1:
-            return self._parts[0][0]
-        log_sums = torch.stack([log_sum for _, log_sum in self._parts])  # (pieces, T, H)
-        weights = log_sums.softmax(0)
-        joined = torch.zeros_like(self._parts[0][0], dtype=torch.float32)
-        for (out, _), weight in zip(self._parts, weights, strict=True):
-            joined += weight[..., None] * out
-        return joined.to(dtype)
+        assert self._out is not None
+        return self._out.to(dtype)
 
 
 def attention(
@@ -188,17 +190,37 @@ def _attention_in_cuts(
 def attention_plain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, is_causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attention`, written out; the twin for devices without the fused kernel, and for the tests."""
+    """As `attention`, written out; the twin for devices without the fused kernel, and for the tests.
+
+    Scores are made for blocks of queries and keys, so that its memory does not grow with the context.
+    """
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for first in range(0, len(q), _PLAIN_ROWS):
+        queries = q[first : first + _PLAIN_ROWS]
+        merged = _Merged()
+        num_keys = first + len(queries) if is_causal else len(k)
+        for begin in range(0, num_keys, _PLAIN_KEYS):
+            block = slice(begin, min(begin + _PLAIN_KEYS, num_keys))
+            num_seen = first - begin if is_causal and block.stop > first else None
+            merged.add(*_attention_block(queries, k[block], v[block], scale=scale, num_seen=num_seen))
+        parts.append((merged.result(q.dtype), merged.log_sum()))
+    outs, log_sums = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(log_sums)
+
+
+def _attention_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, num_seen: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """num_seen: row t sees the first num_seen + t + 1 keys; None: all of them. Returns both in float32."""
     num_queries, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[1]
-    grouped = q.view(num_queries, -1, group, head_dim).float()
+    grouped = q.view(num_queries, k.shape[1], -1, head_dim).float()
     scores = torch.einsum("tkgd,skd->tkgs", grouped, k.float()) * scale  # (T, K, G, S)
-    if is_causal:
-        seen = torch.ones(num_queries, num_queries, dtype=torch.bool, device=q.device).tril()
+    if num_seen is not None:
+        seen = torch.ones(num_queries, len(k), dtype=torch.bool, device=q.device).tril(num_seen)
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     log_sum = scores.logsumexp(-1)  # (T, K, G)
     out = torch.einsum("tkgs,skd->tkgd", (scores - log_sum[..., None]).exp(), v.float())
-    return out.reshape(q.shape).to(q.dtype), log_sum.reshape(num_queries, num_heads)
+    return out.reshape(q.shape), log_sum.reshape(num_queries, num_heads)
 
 
 class _Padded:
