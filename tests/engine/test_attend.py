@@ -6,7 +6,7 @@ import torch
 from internlm2.engine.compute import attend
 from internlm2.engine.compute.attend import _Merged, attention, attention_plain
 
-SCALE = 0.3
+SCALE = 1.0
 
 
 def dense(q, k, v, *, is_causal):
@@ -23,7 +23,7 @@ def dense(q, k, v, *, is_causal):
 def tensors(num_queries, num_keys):
     generator = torch.Generator().manual_seed(num_queries + num_keys)
     return [
-        torch.randn(n, h, 16, generator=generator) * 3
+        torch.randn(n, h, 16, generator=generator)
         for n, h in ((num_queries, 6), (num_keys, 2), (num_keys, 2))
     ]
 

@@ -76,7 +76,7 @@ def test_every_way_gives_what_transformers_gives(demo, prompts, expected, way):
         again = llm.generate(prompts, PARAMS)  # the prefixes are cached now
         check(again, expected)
         assert (again[-1].num_cached_tokens > 300) == (way not in ("deterministic", "little memory"))
-        streamed = [piece for piece in llm.stream(prompts[0], PARAMS)]
+        streamed = list(llm.stream(prompts[0], PARAMS))
         assert [token for piece in streamed for token in piece.token_ids] == expected[0][0]
         assert "".join(piece.text for piece in streamed) == together[0].text
     finally:

@@ -113,27 +113,32 @@ class _Merged:
     """Attention over several sets of keys, joined as they come: each weighs by the sum of its exponentials."""
 
     def __init__(self) -> None:
-        self._out: torch.Tensor | None = None  # (T, H, D), float32 once there are two
-        self._log_sum = torch.empty(0)  # (T, H)
+        self._num_sets = 0
+        self._out = self._total = self._most = torch.empty(0)  # (T, H, D), (T, H), (T, H) float32, once there are two
 
     def add(self, out: torch.Tensor, log_sum: torch.Tensor) -> None:
         """out: (T, H, D), log_sum: (T, H) float32."""
-        if self._out is None:
-            self._out, self._log_sum = out, log_sum
+        self._num_sets += 1
+        if self._num_sets == 1:
+            self._out, self._total, self._most = out, torch.ones_like(log_sum), log_sum
             return
-        both = torch.logaddexp(self._log_sum, log_sum)
-        old, new = ((part - both).exp()[..., None] for part in (self._log_sum, log_sum))
-        self._out = self._out * old + out * new  # float32, as the weights are
-        self._log_sum = both
+        # NOTE: weights are taken from the largest log-sum and not from the joined one, whose rounding would add up.
+        most = torch.maximum(self._most, log_sum)
+        old, new = (self._most - most).exp(), (log_sum - most).exp()
+        self._out = self._out * old[..., None] + out * new[..., None]
+        self._total = self._total * old + new
+        self._most = most
 
     def log_sum(self) -> torch.Tensor:
         """Of all sets together, (T, H)."""
-        return self._log_sum
+        return self._most + self._total.log()
 
     def result(self, dtype: torch.dtype) -> torch.Tensor:
         """(T, H, D)."""
-        assert self._out is not None
-        return self._out.to(dtype)
+        assert self._num_sets > 0
+        if self._num_sets == 1:
+            return self._out.to(dtype)
+        return (self._out / self._total[..., None]).to(dtype)
 
 
 def attention(
