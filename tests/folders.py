@@ -48,3 +48,21 @@ def write_chat_folder(folder: Path, *, vocab_size: int = 512, head: Head = "lang
         json.dumps({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "add_bos_token": True})
     )  # fmt: skip
     return folder
+
+
+def write_adapter(folder: Path) -> Path:
+    """A random LoRA adapter for `write_chat_folder`, in PEFT's layout, strong enough to change answers."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(3)
+    name = "base_model.model.model.layers.{layer}.attention.wo.lora_{part}.weight"
+    tensors = {
+        name.format(layer=layer, part=part): torch.randn(shape, generator=generator)
+        for layer in range(2)
+        for part, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["wo"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

@@ -9,7 +9,8 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from types import UnionType
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import cattrs
 import cattrs.errors
@@ -87,7 +88,22 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(int, _strict(int, (int,), "a whole number"))
     converter.register_structure_hook(str, _strict(str, (str,), "a text in quotes"))
     converter.register_structure_hook(bool, _strict(bool, (bool,), "true or false"))
+    converter.register_structure_hook_func(_is_number_or_word, _number_or_word)
     return converter
+
+
+def _is_number_or_word(kind: object) -> bool:
+    """Whether a field is as `int | Literal["auto"] | None`."""
+    return get_origin(kind) in (Union, UnionType) and any(
+        get_origin(part) is Literal for part in get_args(kind)
+    )
+
+
+def _number_or_word(value: object, kind: object) -> object:
+    words = [word for part in get_args(kind) for word in get_args(part)]
+    if value is None or value in words or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"is {value!r}, but must be a whole number or {' or '.join(map(repr, words))}")
 
 
 def _strict(target: type, accepted: tuple[type, ...], words: str):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from folders import write_chat_folder
+from folders import write_adapter, write_chat_folder
 from goldens import golden_folder
 from internlm2.cli import main as cli
 from internlm2.cli.options import RunFlags, resolve
@@ -75,6 +75,12 @@ def test_version():
         ("threads is 100000", ["generate", "demo", "x", "--threads", "100000"]),
         ("threads is -1", ["generate", "demo", "x", "--threads", "-1"]),
         ("device is 'meta'", ["generate", "demo", "x", "--device", "meta"]),
+        ("Invalid value for --max-model-len", ["generate", "demo", "x", "--max-model-len", "long"]),
+        ("no such folder", ["generate", "demo", "x", "--speculative", "nowhere"]),
+        ("no adapter_config.json", ["generate", "demo", "x", "--adapter", "nowhere"]),
+        ("tensor_parallel is 0", ["generate", "demo", "x", "--tensor-parallel", "0"]),
+        ("does not go with speculative", ["generate", "demo", "x", "--deterministic", "--speculative", "lookup"]),
+        ("Leave --adapter off", ["bench", "demo", "--adapter", "x"]),
         ("context is -5", ["model", "info", "7b", "--context", "-5"]),
         ("dtype is 'int3'", ["model", "info", "7b", "--dtype", "int3"]),
         ("kv_dtype is 'int3'", ["model", "info", "7b", "--kv-dtype", "int3"]),
@@ -123,6 +129,14 @@ def test_an_unknown_config_key_is_refused_with_a_suggestion(tmp_path):
     )
 
 
+@pytest.mark.parametrize("length", [300, "auto"])
+def test_a_length_is_a_number_or_a_word(tmp_path, length):
+    path = tmp_path / "a.toml"
+    path.write_text(f"max_model_len = {length!r}\n")
+    assert resolve(RunFlags(config=path)).max_model_len == length
+    assert resolve(RunFlags(max_model_len=length)).max_model_len == length
+
+
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('max_tokens = 3\ntemperature = 0\nstop = ["x", "y"]\n')
@@ -133,7 +147,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("max_tokens = 1.5", "key 'max_tokens' is 1.5, but must be a whole number"), ("dtype = 3", "must be a text"),
-     ("seed = true", "'seed'"), ("a = [", "is not valid TOML")],
+     ("seed = true", "'seed'"), ("a = [", "is not valid TOML"),
+     ('max_model_len = "all"', "is 'all', but must be a whole number or 'auto'"),
+     ("max_model_len = true", "is True, but must be a whole number or 'auto'")],
 )  # fmt: skip
 def test_wrong_types_in_a_file_are_refused(tmp_path, text, message):
     (tmp_path / "a.toml").write_text(text)
@@ -166,6 +182,41 @@ class TestGenerate:
         assert piped.returncode == 0
         assert piped.stdout == given.stdout
         assert "tokens/s" in given.stderr
+
+    def test_ways_to_run_change_no_answer(self, chat_folder):
+        common = ("generate", chat_folder, "Hello Hello Hello", "--max-tokens", "12", "--dtype", "float32")
+        common += ("--temperature", "0")
+        plain = run(*common)
+        ways = (
+            ("--speculative", "lookup"),
+            ("--deterministic",),
+            ("--tensor-parallel", "2"),
+            ("--max-model-len", "auto", "--memory-gib", "0.01"),
+        )
+        for way in ways:
+            done = run(*common, *way)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == plain.stdout, way
+
+    def test_an_adapter_is_used(self, chat_folder, tmp_path):
+        write_adapter(tmp_path / "lora")
+        common = ("generate", chat_folder, "Hello", "--max-tokens", "12", "--temperature", "0")
+        with_adapter = run(*common, "--adapter", tmp_path / "lora")
+        assert with_adapter.returncode == 0, with_adapter.stderr
+        assert with_adapter.stdout != run(*common).stdout
+
+    def test_reading_a_long_prompt_shows_progress(self, chat_folder):
+        slow = (
+            "import sys; from internlm2.engine.compute.runner import Runner; from internlm2.cli.main import main\n"
+            "import time; forward = Runner.forward\n"
+            "Runner.forward = lambda *a: (time.sleep(0.5), forward(*a))[1]\n"
+            "main(sys.argv[1:])"
+        )
+        arguments = [sys.executable, "-c", slow, "generate", str(chat_folder), "--max-tokens", "3"]
+        done = subprocess.run(arguments, input="x" * 5000, capture_output=True, text=True, check=True)
+        assert "Reading the prompt: 50%" in done.stderr
+        short = subprocess.run([*arguments, "Hello"], capture_output=True, text=True, check=True)
+        assert "Reading" not in short.stderr
 
     def test_a_reader_that_leaves_early_is_no_error(self, chat_folder):
         command = f"{' '.join(COMMAND)} generate {chat_folder} Hello --max-tokens 50 | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"

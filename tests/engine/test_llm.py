@@ -46,6 +46,19 @@ def test_a_stream_joined_is_the_whole_answer(llm, seed):
     assert pieces[-1].finish_reason == whole.finish_reason
 
 
+def test_progress_is_told_until_the_prompt_is_read(llm):
+    ids = [1, *[70] * 1300]
+    told = []
+    pieces = llm.stream(ids, SamplingParams(max_tokens=3), on_progress=lambda *numbers: told.append(numbers))
+    next(pieces)
+    assert [total for _, total in told] == [len(ids)] * len(told)
+    assert [done for done, _ in told] == [512, 1024, len(ids)][: len(told)]
+    assert len(told) >= 2
+    count = len(told)
+    list(pieces)
+    assert len(told) == count
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(llm):
     free = llm.generate(["Hello"], SamplingParams(max_tokens=60, temperature=1.0, seed=1))[0].text
     stop = free[10:13]

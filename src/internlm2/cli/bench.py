@@ -32,6 +32,8 @@ def bench(
             "bench fixes where answers end. Give --output-tokens in place of --max-tokens and --stop."
         )
     config = options.resolve(flags)
+    if config.adapter is not None:
+        raise RequestError("bench measures the model itself. Leave --adapter off.")
     params = options.sampling(config)
     lengths = _numbers(prefill_tokens)
 

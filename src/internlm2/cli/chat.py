@@ -23,7 +23,9 @@ def chat(
     """Talk to a model. Piped input works too: each line is a message or a command."""
     config = options.resolve(flags)
     params = options.sampling(config)
-    session = ChatSession(options.load_llm(model, config), params, system=system)
+    session = ChatSession(
+        options.load_llm(model, config), params, system=system, adapter=options.adapter_name(config)
+    )
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         _enable_line_editing()

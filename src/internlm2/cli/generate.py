@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import ExitStack
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -10,6 +11,9 @@ from cyclopts import Parameter
 from internlm2.cli import options
 from internlm2.cli.options import RunFlags
 from internlm2.errors import RequestError
+from internlm2.log import BarProgress, LineProgress, progress
+
+LONG_PROMPT_TOKENS = 1000
 
 
 def generate(
@@ -37,7 +41,9 @@ def generate(
     started = time.monotonic()
     first_seconds = 0.0
     num_tokens, answer, reason = 0, "", None
-    for piece in llm.stream(ids, params):
+    reading = PromptProgress()
+    for piece in llm.stream(ids, params, adapter=options.adapter_name(config), on_progress=reading):
+        reading.close()
         first_seconds = first_seconds or time.monotonic() - started
         num_tokens += len(piece.token_ids)
         answer += piece.text
@@ -59,6 +65,28 @@ def generate(
         return
     print()
     print(stats_line(num_tokens, first_seconds, speed), file=sys.stderr)
+
+
+class PromptProgress:
+    """Shows how far a long prompt is read; nothing for one that a step or two computes."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._bar: LineProgress | BarProgress | None = None
+        self._num_shown = 0
+
+    def __call__(self, num_done: int, num_prompt: int) -> None:
+        """As `on_progress` of `LLM.stream`."""
+        if self._bar is None and num_prompt - num_done > LONG_PROMPT_TOKENS:
+            bar = progress("Reading the prompt", total=num_prompt, unit="tokens")
+            self._bar = self._open.enter_context(bar)
+        if self._bar is not None:
+            self._bar.advance(num_done - self._num_shown)
+            self._num_shown = num_done
+
+    def close(self) -> None:
+        """Take the bar away; a second call does nothing."""
+        self._open.close()
 
 
 def stats_line(num_tokens: int, first_seconds: float, speed: float) -> str:

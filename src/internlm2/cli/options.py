@@ -5,7 +5,7 @@ The file is read first, a flag on the command line wins, and what neither says k
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from internlm2.engine.sampling.params import SamplingParams
 
 MAX_THREADS = 256
+ADAPTER = "adapter"  # what the one adapter of a command is called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,13 @@ class RunConfig:
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 0
-    max_model_len: int | None = None
+    max_model_len: int | Literal["auto"] | None = None
     kv_dtype: str | None = None
     memory_gib: float | None = None
+    speculative: str | None = None
+    adapter: str | None = None
+    deterministic: bool = False
+    tensor_parallel: int = 1
     max_tokens: int = 1024
     temperature: float = 0.8
     top_k: int = 0
@@ -47,13 +52,29 @@ class RunFlags:
     ] = None
     device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:N; auto: a GPU when there is one.")] = None
     threads: Annotated[int | None, Parameter(help="CPU threads; 0: as torch chooses.")] = None
-    max_model_len: Annotated[int | None, Parameter(help="Longest prompt plus answer, in tokens.")] = None
+    max_model_len: Annotated[
+        int | Literal["auto"] | None,
+        Parameter(help="Longest prompt plus answer, in tokens; auto: what the memory allows."),
+    ] = None
     kv_dtype: Annotated[
         str | None, Parameter(help="int8 halves the memory of keys and values; default: as the model.")
     ] = None
     memory_gib: Annotated[
         float | None,
         Parameter(help="Memory for keys and values, in GiB; default: 4, or one longest sequence."),
+    ] = None
+    speculative: Annotated[
+        str | None,
+        Parameter(
+            help="Guess tokens and check them: lookup copies from the text, a path is a smaller model."
+        ),
+    ] = None
+    adapter: Annotated[str | None, Parameter(help="LoRA folder in the PEFT format.")] = None
+    deterministic: Annotated[
+        bool | None, Parameter(help="Bitwise the same answer in any company; slower.", negative=())
+    ] = None
+    tensor_parallel: Annotated[
+        int | None, Parameter(help="Split the model over so many GPUs or CPU processes [1].")
     ] = None
     max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None
     temperature: Annotated[
@@ -126,4 +147,13 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         max_model_len=config.max_model_len,
         kv_dtype=config.kv_dtype,
         memory_gib=config.memory_gib,
+        speculative=config.speculative,
+        adapters=None if config.adapter is None else {ADAPTER: config.adapter},
+        deterministic=config.deterministic,
+        tensor_parallel=config.tensor_parallel,
     )
+
+
+def adapter_name(config: RunConfig) -> str | None:
+    """The adapter that requests are to name."""
+    return None if config.adapter is None else ADAPTER

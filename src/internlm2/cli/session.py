@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internlm2 import files
-from internlm2.cli.generate import speed_per_second, stats_line
+from internlm2.cli.generate import PromptProgress, speed_per_second, stats_line
 from internlm2.errors import ExportError, InternLM2Error
 
 if TYPE_CHECKING:
@@ -26,8 +26,16 @@ COMMANDS = {
 class ChatSession:
     """Messages so far, and the model that answers them."""
 
-    def __init__(self, llm: "LLM", params: "SamplingParams", *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        params: "SamplingParams",
+        *,
+        system: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
         self._llm = llm
+        self._adapter = adapter
         self._params = params
         self._system = system
         self.messages: list[dict[str, object]] = []
@@ -41,8 +49,12 @@ class ChatSession:
         self.messages.append({"role": "user", "content": text})
         said, num_tokens, first_seconds = "", 0, 0.0
         started = time.monotonic()
+        reading = PromptProgress()
         try:
-            for piece in self._llm.stream_chat(self.messages, self._params):
+            for piece in self._llm.stream_chat(
+                self.messages, self._params, adapter=self._adapter, on_progress=reading
+            ):
+                reading.close()
                 first_seconds = first_seconds or time.monotonic() - started
                 said += piece.text
                 num_tokens += len(piece.token_ids)
@@ -53,6 +65,8 @@ class ChatSession:
             self.messages.pop()
             print(f"Error: {error}", file=sys.stderr)
             return False
+        finally:
+            reading.close()
         self.messages.append({"role": "assistant", "content": said})
         print()
         if sys.stdout.isatty():

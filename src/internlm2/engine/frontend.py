@@ -146,8 +146,14 @@ class Frontend:
 
     # -- stepping -----------------------------------------------------------------------------------------
 
-    def stream(self, ticket: Ticket) -> Iterator[Piece]:
-        """The pieces of a request as they come, stepping the engine meanwhile. Raises what ended it badly."""
+    def stream(
+        self, ticket: Ticket, on_progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[Piece]:
+        """The pieces of a request as they come, stepping the engine meanwhile. Raises what ended it badly.
+
+        on_progress: called after each step with the prompt's computed tokens and all of them.
+        """
+        request = ticket.requests[0]
         try:
             while True:
                 ticket.has_mail.clear()
@@ -159,6 +165,8 @@ class Frontend:
                         raise ticket.error
                     return
                 self._step_or_wait(ticket)
+                if on_progress is not None and request.num_outputs == 0:
+                    on_progress(min(request.num_computed, request.num_prompt), request.num_prompt)
         finally:
             self.abort(ticket)
 

@@ -159,19 +159,27 @@ class LLM:
         *,
         tools: Sequence[Message] | None = None,
         adapter: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Piece]:
         """As `chat`, piece by piece; never half a character, never the start of a stop string."""
-        return self.stream(self.tokenizer.apply_chat(messages, tools=tools), params, adapter=adapter)
+        ids = self.tokenizer.apply_chat(messages, tools=tools)
+        return self.stream(ids, params, adapter=adapter, on_progress=on_progress)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Piece]:
         """Complete one prompt, piece by piece; the last piece of an answer carries a finish_reason.
 
-        Leaving the loop early aborts the request.
+        on_progress: called while the prompt is read, with the tokens that are done and all of them. Leaving the loop
+        early aborts the request.
         """
         ticket = self.frontend.submit(self.encode(prompt), params or SamplingParams(), adapter=adapter)
-        return self.frontend.stream(ticket)
+        return self.frontend.stream(ticket, on_progress)
 
     # -- what is read off a text --------------------------------------------------------------------------
 
