@@ -114,7 +114,8 @@ class _Merged:
 
     def __init__(self) -> None:
         self._num_sets = 0
-        self._out = self._total = self._most = torch.empty(0)  # (T, H, D), (T, H), (T, H) float32, once there are two
+        # (T, H, D), (T, H), (T, H); float32 once there are two sets.
+        self._out = self._total = self._most = torch.empty(0)
 
     def add(self, out: torch.Tensor, log_sum: torch.Tensor) -> None:
         """out: (T, H, D), log_sum: (T, H) float32."""
