@@ -220,8 +220,8 @@ def main() -> None:
     text += (
         f"2 layers, hidden 64, 2 heads of 32, float32, chunks of {CHUNK}; {kv_bytes_per_token(CONFIG, 'float32')} "
         f"bytes of keys and values a token. Foreign load before: {load:.0%}. One run each, in its own process.\n\n"
-        "Predicted: `plan(...)`, keys and values of both prompts and one chunk. Grown: the process at its peak. Waited: steps until a "
-        "prompt of 1,000 tokens that arrives in the middle is being computed.\n\n"
+        "Predicted: `plan(...)`, keys and values of both prompts and one chunk. Grown: the process at its peak. "
+        "Waited: steps until a prompt of 1,000 tokens that arrives in the middle is being computed.\n\n"
         "| tokens | predicted MB | grown MB | ratio | seconds | waited |\n|---|---|---|---|---|---|\n"
         + "\n".join(table)
         + "\n\n## Microseconds a token, by eighths of the prompt\n\n"

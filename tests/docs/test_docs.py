@@ -22,7 +22,7 @@ def demo_commands(page: Path) -> list[str]:
     """Lines that run `internlm2` on something that is there without a hub."""
     lines = [line.partition("  #")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]
     known = re.compile(
-        r"\binternlm2 (chat|generate|doctor|model info) (demo|7b)\b|\| internlm2 generate demo"
+        r"\binternlm2 (chat|generate|bench|doctor|model info) (demo|7b)\b|\| internlm2 generate demo"
     )
     return [line for line in lines if known.search(line)]
 
@@ -43,7 +43,7 @@ def test_the_readme_commands_run(page, demo):
 @pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
 def test_the_readme_python_runs(page, demo):
     scripts = blocks(page, "python")
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     for script in scripts:
         short = script.replace(
             "stream_chat([", "stream_chat(params=internlm2.SamplingParams(max_tokens=8), messages=["
