@@ -43,3 +43,9 @@ class MissingDependencyError(InternLM2Error):
 
 class RequestError(InternLM2Error):
     """A generation request that cannot be served as asked: sampling values, lengths, devices."""
+
+
+def check(is_good: bool, name: str, value: object, allowed: str) -> None:
+    """Raise RequestError unless `is_good`: the one sentence for values outside what `allowed` says."""
+    if not is_good:
+        raise RequestError(f"{name} is {value!r}, but must be {allowed}.")

@@ -64,7 +64,7 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, params, me
 
 
 def test_unknown_adapters_and_uneven_params_are_refused(llm):
-    with pytest.raises(RequestError, match="There is no adapter 'poet'"):
+    with pytest.raises(RequestError, match=r"There is no adapter called 'poet'. None is loaded: load"):
         llm.generate(["Hello"], adapter="poet")
     with pytest.raises(RequestError, match="There are 1 params for 2 prompts"):
         llm.generate(["a", "b"], [SamplingParams()])

@@ -6,41 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft_folders import LAYER_MODULES, peft_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-import internlm2.hf  # noqa: F401 - registers the classes
 from goldens import golden_folder
 from internlm2 import load_model
 from internlm2.config import ConfigError
-from internlm2.engine.compute.lora import AdaptedLinear, Adapters, load_adapter
+from internlm2.engine.compute.adapted_linear import AdaptedLinear
+from internlm2.engine.compute.lora import Adapters, load_adapter
 from internlm2.errors import CheckpointError, InternLM2Error, RequestError
 from internlm2.model import ModelConfig, build_model
 from internlm2.model.heads import Model
 
-LAYER_MODULES = ["wqkv", "wo", "w1", "w2", "w3"]
 IDS = torch.arange(3, 3 + 4 * 7).view(4, 7)  # (B, T)
 ALL_ROWS = (0, IDS.numel())
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CPU = {"dtype": torch.float32, "device": "cpu"}
-
-
-def hf_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def peft_adapter(base, folder, *, seed=0, **options):
-    """Save an adapter with random A and B; return the model that peft makes of it."""
-    options = {"r": 4, "lora_alpha": 6, "target_modules": LAYER_MODULES} | options
-    model = get_peft_model(hf_model(base), LoraConfig(**options)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    model.save_pretrained(folder)
-    return model
 
 
 @torch.no_grad()
@@ -343,8 +324,10 @@ def test_names_are_checked(adapters, saved):
         adapters.select([(0, 1, "frist")])
     with pytest.raises(RequestError, match=r"no adapter called 'x'. Known: first, second"):
         adapters.remove("x")
-    with pytest.raises(RequestError, match=r"None is loaded; add it first"):
-        Adapters(ModelConfig(**TINY)).check_known("x")
+    with pytest.raises(
+        RequestError, match=r"None is loaded: load the model with adapters={name: folder}, or"
+    ):
+        Adapters(ModelConfig(**TINY)).remove("x")
 
 
 def test_a_refused_selection_leaves_the_old_one(model, adapters, saved):

@@ -1,7 +1,9 @@
 """What a request may ask for: the edges of every range are allowed, and what lies outside is refused with a reason."""
 
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from internlm2.engine.sampling.params import MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
@@ -10,6 +12,7 @@ from internlm2.errors import RequestError
 NAN = float("nan")
 WHOLE = "must be a whole number."
 WHOLE_OR_NONE = "must be a whole number or None."
+NUMBER = "must be a number."
 PENALTY = "must be from -2 to 2."
 ID = "must be a whole number from 0 on."
 WORD = "must be at least one id, each a whole number from 0 on."
@@ -27,6 +30,17 @@ REFUSED = [
     ({"logprobs": "3"}, f"logprobs is '3', but {WHOLE_OR_NONE}"),
     ({"prompt_logprobs": 0.5}, f"prompt_logprobs is 0.5, but {WHOLE_OR_NONE}"),
     ({"length_limit": 9.0}, f"length_limit is 9.0, but {WHOLE_OR_NONE}"),
+    ({"temperature": "hot"}, f"temperature is 'hot', but {NUMBER}"),
+    ({"temperature": True}, f"temperature is True, but {NUMBER}"),
+    ({"temperature": 1j}, f"temperature is 1j, but {NUMBER}"),
+    ({"top_p": None}, f"top_p is None, but {NUMBER}"),
+    ({"min_p": "0.1"}, f"min_p is '0.1', but {NUMBER}"),
+    ({"typical_p": [0.5]}, f"typical_p is [0.5], but {NUMBER}"),
+    ({"repetition_penalty": None}, f"repetition_penalty is None, but {NUMBER}"),
+    ({"presence_penalty": "1"}, f"presence_penalty is '1', but {NUMBER}"),
+    ({"frequency_penalty": False}, f"frequency_penalty is False, but {NUMBER}"),
+    ({"logit_bias": {7: "1"}}, f"logit_bias of 7 is '1', but {NUMBER}"),
+    ({"logit_bias": {7: None}}, f"logit_bias of 7 is None, but {NUMBER}"),
     ({"max_tokens": 0}, "max_tokens is 0, but must be at least 1."),
     ({"min_tokens": -1}, "min_tokens is -1, but must be from 0 to max_tokens."),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, but must be from 0 to max_tokens."),
@@ -118,6 +132,11 @@ def test_values_outside_their_range_are_refused_with_the_reason(values, message)
 def test_the_edges_of_every_range_are_allowed(values):
     params = SamplingParams(**values)
     assert {name: getattr(params, name) for name in values} == values
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, Fraction, int])
+def test_numbers_of_other_kinds_are_allowed(kind):
+    assert SamplingParams(temperature=kind(1), logit_bias={3: kind(2)}).temperature == 1
 
 
 def test_a_request_that_asks_for_nothing_is_greedy_and_unchanged():

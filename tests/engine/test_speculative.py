@@ -11,7 +11,15 @@ from internlm2 import LLM, SamplingParams
 from internlm2.checkpoint.formats.official import ModelCheckpoint
 from internlm2.checkpoint.save import save_checkpoint
 from internlm2.engine.schedule.request import Sequence
-from internlm2.engine.speculative import FIRST_CREDIT, INCOME, ROW_COST, TRY_COST, PromptLookup, Purse
+from internlm2.engine.speculative import (
+    FIRST_CREDIT,
+    INCOME,
+    ROW_COST,
+    TRY_COST,
+    TRY_COST_FLOAT32,
+    PromptLookup,
+    Purse,
+)
 from internlm2.errors import CheckpointError, RequestError
 from internlm2.model import ModelConfig, build_model
 
@@ -154,7 +162,8 @@ def test_with_hardly_any_memory_sequences_come_back_and_answer_the_same(plain, c
     assert llm.stats.num_preemptions > 0
 
 
-def test_a_model_that_guesses_for_itself_is_always_right(chat_folder):
+def test_a_model_that_guesses_for_itself_is_always_right(chat_folder, monkeypatch):
+    monkeypatch.setattr("internlm2.engine.build.TRY_COST_FLOAT32", TRY_COST)  # as if guessing were worth it
     llm = LLM(chat_folder, dtype="float32", speculative=chat_folder, num_draft_tokens=4)
     for params in (
         SamplingParams(max_tokens=60, ignore_eos=True),
@@ -228,14 +237,15 @@ def test_lookup_is_silent_where_nothing_repeats(tokens):
     assert PromptLookup().wanted(sequence(tokens)) == 0
 
 
-def test_what_bad_luck_costs_stays_below_its_bound():
-    purse, cost, num_steps = Purse(ROW_COST, 8), 0.0, 2000
+@pytest.mark.parametrize("try_cost", [TRY_COST, TRY_COST_FLOAT32])
+def test_what_bad_luck_costs_stays_below_its_bound(try_cost):
+    purse, cost, num_steps = Purse(ROW_COST, 8, try_cost), 0.0, 2000
     for _ in range(num_steps):
         purse.earn()
         if count := purse.affordable():
             purse.settle(count, 0)
-            cost += TRY_COST + count * ROW_COST
-    assert 0 < cost <= FIRST_CREDIT + INCOME * num_steps
+            cost += try_cost + count * ROW_COST
+    assert try_cost < cost <= try_cost + FIRST_CREDIT + INCOME * num_steps
 
 
 def test_good_luck_soon_guesses_as_much_as_allowed():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from internlm2.checkpoint import memory
 from internlm2.checkpoint.source import expected_shapes, parse_dtype
-from internlm2.errors import RequestError
+from internlm2.errors import check
 from internlm2.model.config import MAX_SIZE, ModelConfig
 from internlm2.parallel.tensor import local_config, shard_plan
 
@@ -111,8 +111,8 @@ def check_options(*, num_tokens: int, dtype: str, kv_dtype: str | None, num_sequ
     _check_count("context", num_tokens)
     _check_count("num_sequences", num_sequences)
     parse_dtype(dtype)
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise RequestError(f"kv_dtype is {kv_dtype!r}, but must be one of {', '.join(KV_DTYPES)}.")
+    is_known = kv_dtype is None or kv_dtype in KV_DTYPES
+    check(is_known, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str, *, tensor_parallel: int = 1) -> int:
@@ -229,5 +229,5 @@ def _local(config: ModelConfig, tensor_parallel: int) -> ModelConfig:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
-        raise RequestError(f"{name} is {value!r}, but must be a whole number from 1 to {MAX_SIZE}.")
+    is_good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+    check(is_good, name, value, f"a whole number from 1 to {MAX_SIZE}")

@@ -2,11 +2,13 @@
 
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from internlm2.engine.compute.lora import check_known
 from internlm2.engine.sampling.grammar import Constraint, Grammars
 from internlm2.engine.sampling.params import SamplingParams
+from internlm2.engine.sampling.penalties import check_ids
 from internlm2.engine.sampling.sampler import SamplingState
 from internlm2.engine.schedule.request import Sequence as Request
 from internlm2.engine.schedule.request import Task
@@ -48,9 +50,7 @@ class Admission:
         ids = list(prompt)
         params = self._fit(params, ids)
         stop_ids = self._stop_ids(params)
-        self._check_ids((token for word in params.bad_words_ids for token in word), "bad_words_ids")
-        self._check_ids(params.logit_bias, "logit_bias")
-        bad_words = (*params.bad_words_ids, *self._bad_words(params))
+        bad_words = self._bad_words(params)
         first_seed = secrets.randbits(62) if params.seed is None else params.seed
         admitted: list[tuple[Request, SamplingState]] = []
         for sample in range(params.n):
@@ -80,7 +80,8 @@ class Admission:
     def _request(
         self, ids: list[int], max_total: int, task: Task, params: SamplingParams, adapter: str | None
     ) -> Request:
-        self._check_adapter(adapter)
+        if adapter is not None:
+            check_known(adapter, self._adapters())
         limit = params.length_limit or max_total
         scaling = self._config.rope_scaling
         is_stretched = (
@@ -128,19 +129,8 @@ class Admission:
                 "Shorten the prompt, or load the model with a larger max_model_len or more memory_gib if it can."
             )
 
-    def _check_ids(self, ids: Iterable[int], name: str) -> None:
-        for token in ids:
-            if not 0 <= token < self._vocab_size:
-                raise RequestError(f"{name} holds {token}, but ids go from 0 to {self._vocab_size - 1}.")
-
-    def _check_adapter(self, adapter: str | None) -> None:
-        known = self._adapters()
-        if adapter is not None and adapter not in known:
-            names = ", ".join(known) or "none: load the model with adapters={name: folder}"
-            raise RequestError(f"There is no adapter {adapter!r}. Loaded: {names}.")
-
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        check_ids("stop_token_ids", params.stop_token_ids, vocab_size=self._vocab_size)
         own = frozenset() if params.ignore_eos else self._tokenizer.stop_ids
         return own | frozenset(params.stop_token_ids)
 

@@ -16,6 +16,7 @@ import torch
 from internlm2.engine.frontend import Frontend, Job, Ticket
 from internlm2.engine.llm import LLM, Message, Prompt
 from internlm2.engine.sampling.params import SamplingParams
+from internlm2.engine.sampling.sampler import TokenLogprobs
 from internlm2.engine.text import Output, Piece, Score
 from internlm2.errors import RequestError
 
@@ -97,6 +98,19 @@ class AsyncLLM:
         )
         return PieceStream(self._driver, waiter)
 
+    async def open_stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> "PieceStream":
+        """As `stream`, prepared in another thread: a large text or schema does not hold up the event loop."""
+
+        def submit(on_mail: Callable[[], None]) -> list[Ticket]:
+            ids = self.llm.encode(prompt)
+            return [
+                self.llm.frontend.submit(ids, params or SamplingParams(), adapter=adapter, on_mail=on_mail)
+            ]
+
+        return PieceStream(self._driver, await self._driver.open_in_thread(submit))
+
     def stream_chat(
         self,
         messages: Sequence[Message],
@@ -171,6 +185,17 @@ class PieceStream:
         self._let_go()
         raise StopAsyncIteration
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were computed before, for another request; known with the first piece."""
+        return self._waiter.tickets[0].requests[0].num_cached
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """One for each prompt id after the first, where asked for; complete when the stream is over."""
+        found = [update.prompt_logprobs for update in self._waiter.tickets[0].last_updates]
+        return [token for each in found if each is not None for token in each]
+
     async def aclose(self) -> None:
         """Let the request go before its end."""
         self._let_go()
@@ -229,6 +254,22 @@ class _Driver:
 
     def open(self, submit: Callable[[Callable[[], None]], list[Ticket]]) -> _Waiter:
         """Queue requests for the running coroutine. Raises what `submit` raises."""
+        waiter = self._begin()
+        waiter.tickets = submit(waiter.wake)
+        return self._enter(waiter)
+
+    async def open_in_thread(self, submit: Callable[[Callable[[], None]], list[Ticket]]) -> _Waiter:
+        """As `open`, but `submit` runs in another thread."""
+        waiter = self._begin()
+        task = asyncio.create_task(asyncio.to_thread(submit, waiter.wake))
+        try:
+            waiter.tickets = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._forget)  # the thread cannot be stopped; what it brings is let go
+            raise
+        return self._enter(waiter)
+
+    def _begin(self) -> _Waiter:
         waiter = _Waiter()
         with self._lock:
             if self._is_closed:
@@ -236,12 +277,20 @@ class _Driver:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._drive, name="internlm2-engine", daemon=True)
                 self._thread.start()
-        waiter.tickets = submit(waiter.wake)
+        return waiter
+
+    def _enter(self, waiter: _Waiter) -> _Waiter:
         self._waiters.add(waiter)
         self._calls.put(None)
         if self._is_closed:  # meanwhile, by another thread
             waiter.fail(_closed())
         return waiter
+
+    def _forget(self, task: "asyncio.Task[list[Ticket]]") -> None:
+        if not task.cancelled() and task.exception() is None:
+            for ticket in task.result():
+                self._frontend.abort(ticket)
+            self._calls.put(None)
 
     async def run(self, begin: Callable[[Callable[[], None]], Job[T]]) -> T:
         """Begin a job, wait for all its requests, and read the result."""

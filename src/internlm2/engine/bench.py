@@ -22,7 +22,7 @@ from internlm2.engine.async_llm import AsyncLLM
 from internlm2.engine.llm import LLM
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.text import Piece
-from internlm2.errors import RequestError
+from internlm2.errors import RequestError, check
 from internlm2.log import progress
 
 PARTS = ("latency", "throughput", "rate", "prefill", "memory")
@@ -56,12 +56,11 @@ class BenchOptions:
                 raise RequestError(f"There is no part {part!r} to measure. Known: {', '.join(PARTS)}.")
         for name, least in (("prompt_tokens", 1), ("output_tokens", 2), ("num_prompts", 1), ("repeats", 1)):
             value: int = asdict(self)[name]
-            if value < least:
-                raise RequestError(f"{name} is {value}, but must be at least {least}.")
+            check(value >= least, name, value, f"at least {least}")
         if not 0 < self.rate_per_second < float("inf"):
             raise RequestError(f"rate is {self.rate_per_second:g}, but must be a number above 0.")
-        if min(self.prefill_tokens, default=0) < 1:
-            raise RequestError(f"prefill_tokens is {self.prefill_tokens}, but must be numbers of at least 1.")
+        is_positive = min(self.prefill_tokens, default=0) >= 1
+        check(is_positive, "prefill_tokens", self.prefill_tokens, "numbers of at least 1")
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,15 @@ from internlm2.engine.core import Drafter, Engine
 from internlm2.engine.frontend import Frontend
 from internlm2.engine.schedule.pages import PagePool
 from internlm2.engine.schedule.scheduler import Scheduler
-from internlm2.engine.speculative import NUM_DRAFT_TOKENS, DraftModel, PromptLookup
+from internlm2.engine.speculative import (
+    NUM_DRAFT_TOKENS,
+    TRY_COST,
+    TRY_COST_FLOAT32,
+    DraftModel,
+    PromptLookup,
+)
 from internlm2.engine.workers import Workers
-from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError
+from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError, check
 from internlm2.model.config import ModelConfig
 from internlm2.model.heads import CausalLM, Model, RopeMode
 from internlm2.parallel import shard_plan
@@ -62,17 +68,17 @@ class EngineOptions:
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
-        _check(self.chunk_tokens >= 1, "chunk_tokens", self.chunk_tokens, "at least 1")
+        check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
+        check(self.chunk_tokens >= 1, "chunk_tokens", self.chunk_tokens, "at least 1")
         is_positive = self.memory_gib is None or self.memory_gib > 0
-        _check(is_positive, "memory_gib", self.memory_gib, "above 0, or None")
-        _check(self.host_memory_gib >= 0, "host_memory_gib", self.host_memory_gib, "at least 0")
-        _check(self.kv_dtype in (None, "int8"), "kv_dtype", self.kv_dtype, "None (as the model) or 'int8'")
+        check(is_positive, "memory_gib", self.memory_gib, "above 0, or None")
+        check(self.host_memory_gib >= 0, "host_memory_gib", self.host_memory_gib, "at least 0")
+        check(self.kv_dtype in (None, "int8"), "kv_dtype", self.kv_dtype, "None (as the model) or 'int8'")
         length = self.max_model_len
         is_length = length is None or length == "auto" or (isinstance(length, int) and length >= 2)
-        _check(is_length, "max_model_len", length, "'auto', None, or at least 2 (a prompt and an answer)")
-        _check(self.num_draft_tokens >= 1, "num_draft_tokens", self.num_draft_tokens, "at least 1")
-        _check(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "at least 1")
+        check(is_length, "max_model_len", length, "'auto', None, or at least 2 (a prompt and an answer)")
+        check(self.num_draft_tokens >= 1, "num_draft_tokens", self.num_draft_tokens, "at least 1")
+        check(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "at least 1")
         self._check_split()
         if self.deterministic and self.speculative is not None:
             raise RequestError(
@@ -107,11 +113,6 @@ class EngineOptions:
     def draft_path(self) -> str | Path | None:
         """Where the draft model lies; None without one."""
         return None if self.speculative == "lookup" else self.speculative
-
-
-def _check(is_good: bool, name: str, value: object, allowed: str) -> None:
-    if not is_good:
-        raise RequestError(f"{name} is {value!r}, but must be {allowed}.")
 
 
 @dataclass(frozen=True)
@@ -254,14 +255,17 @@ def _drafter(
 ) -> Drafter | None:
     if options.speculative is None:
         return None
+    own = model.model.tok_embeddings.weight
+    is_slow = own.dtype == torch.float32 and own.device.type == "cpu"
+    try_cost = TRY_COST_FLOAT32 if is_slow else TRY_COST
     if draft is None:
-        return PromptLookup(num_draft_tokens=options.num_draft_tokens)
+        return PromptLookup(num_draft_tokens=options.num_draft_tokens, try_cost=try_cost)
     weight = draft.model.tok_embeddings.weight
     cache = PageCache(
         draft.config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=weight.dtype, device=weight.device
     )
     cost = _num_weights(draft) / _num_weights(model)
-    return DraftModel(draft, cache, cost=cost, num_draft_tokens=options.num_draft_tokens)
+    return DraftModel(draft, cache, cost=cost, num_draft_tokens=options.num_draft_tokens, try_cost=try_cost)
 
 
 def _num_weights(model: Model) -> int:

@@ -7,6 +7,7 @@ caller that leaves early aborts its request; nothing it held stays behind.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -90,11 +91,11 @@ class Frontend:
         """Queue a prompt of ids. Raises RequestError for one that cannot be answered."""
         admitted = self._admission.generation(prompt, params, adapter=adapter)
         ticket = Ticket([request for request, _ in admitted], on_mail)
-        for sample, (request, state) in enumerate(admitted):
-            stream = TextStream(self.tokenizer, params.stop, sample=sample)
-            self._streams[request.sequence_id] = (ticket, stream)
-            top = params.prompt_logprobs if sample == 0 else None
-            self._inbox.append(partial(self.engine.add, request, state, top=top))
+        with self._all_or_none(ticket):
+            for sample, (request, state) in enumerate(admitted):
+                self._open(request, ticket, TextStream(self.tokenizer, params.stop, sample=sample))
+                top = params.prompt_logprobs if sample == 0 else None
+                self._inbox.append(partial(self.engine.add, request, state, top=top))
         return ticket
 
     def submit_task(
@@ -112,8 +113,9 @@ class Frontend:
         request = self._admission.reading(prompt, task, priority=priority, adapter=adapter)
         request.logits_from = logits_from
         ticket = Ticket([request], on_mail)
-        self._streams[request.sequence_id] = (ticket, None)
-        self._inbox.append(partial(self.engine.add, request, top=top))
+        with self._all_or_none(ticket):
+            self._open(request, ticket, None)
+            self._inbox.append(partial(self.engine.add, request, top=top))
         return ticket
 
     def take_all(self, submissions: Iterable[Ticket]) -> list[Ticket]:
@@ -133,16 +135,36 @@ class Frontend:
 
         def drop() -> None:
             for request in ticket.requests:
-                self._streams.pop(request.sequence_id, None)
                 self.engine.finish(request)
+                self._close(request)
 
         if not ticket.is_done:
             self._inbox.append(drop)
-            if self._lock.acquire(blocking=False):  # nobody steps: do it now, there may be no next step
-                try:
-                    self._take_inbox()
-                finally:
-                    self._lock.release()
+            self._take_inbox_unless_stepping()
+
+    @contextmanager
+    def _all_or_none(self, ticket: Ticket) -> Iterator[None]:
+        """Let go of all samples when one cannot be queued, as when Ctrl-C comes in between."""
+        try:
+            yield
+        except BaseException:
+            self.abort(ticket)
+            raise
+
+    def _open(self, request: Request, ticket: Ticket, stream: TextStream | None) -> None:
+        if request.adapter is not None:
+            adapters = self.engine.runner.adapters
+            assert adapters is not None
+            number = adapters.hold(request.adapter, request.sequence_id)
+            # Keys are shared within one adapter, not within a name, which may be another adapter's later.
+            request.namespace = (number, request.namespace)
+        self._streams[request.sequence_id] = (ticket, stream)
+
+    def _close(self, request: Request) -> None:
+        self._streams.pop(request.sequence_id, None)
+        adapters = self.engine.runner.adapters
+        if adapters is not None and request.adapter is not None:
+            adapters.release(request.adapter, request.sequence_id)
 
     # -- stepping -----------------------------------------------------------------------------------------
 
@@ -209,8 +231,12 @@ class Frontend:
             self._release()
 
     def _release(self) -> None:
-        """Let others step. An abort that came during this step does not wait for a next one, that may never be."""
+        """Let others step. An abort that came during this step does not wait for a next one."""
         self._lock.release()
+        self._take_inbox_unless_stepping()
+
+    def _take_inbox_unless_stepping(self) -> None:
+        """Do now what need not wait for a next step, that may never be; whoever steps does it afterwards."""
         while self._inbox and self._lock.acquire(blocking=False):
             try:
                 self._take_inbox()
@@ -221,12 +247,8 @@ class Frontend:
         self._take_inbox()
         if not self.engine.has_work:
             return False
-        told: dict[int, Ticket] = {}
-        for update in self.engine.step():
-            ticket = self._deliver(update)
-            if ticket is not None:
-                told[id(ticket)] = ticket
-        for ticket in told.values():
+        tickets = [self._deliver(update) for update in self.engine.step()]
+        for ticket in dict.fromkeys(tickets):
             ticket.notify()
         return True
 
@@ -234,7 +256,7 @@ class Frontend:
         while self._inbox:
             self._inbox.popleft()()
 
-    def _deliver(self, update: Update) -> Ticket | None:
+    def _deliver(self, update: Update) -> Ticket:
         ticket, stream = self._streams[update.sequence.sequence_id]
         is_over = update.finish_reason is not None
         if stream is not None:
@@ -244,6 +266,6 @@ class Frontend:
                 self.engine.finish(update.sequence)
                 is_over = True
         if is_over:
-            del self._streams[update.sequence.sequence_id]
+            self._close(update.sequence)
             ticket.close_one(update)
         return ticket

@@ -22,25 +22,34 @@ from internlm2.model.heads import CausalLM
 NUM_DRAFT_TOKENS = 8
 LONGEST, SHORTEST = 4, 2  # last tokens that are looked up
 # In units of a step that computes one token: what checking guesses costs at all, and for each of them. Measured with
-# one sequence of the demo model on a CPU (steps of 1, 2, 5 and 9 rows, 2026-11-23).
+# one sequence of the demo model on a CPU (steps of 1 to 9 rows, 2026-11-23). NOTE: torch multiplies one row of float32
+# by a matrix at the speed of the memory, and two of them at a third of it.
 TRY_COST = 0.15
+TRY_COST_FLOAT32 = 1.5
 ROW_COST = 0.025
 INCOME = 0.015  # of every step: what may be lost on text that never repeats
-FIRST_CREDIT = 0.6
+FIRST_CREDIT = 0.45
 MOST_CREDIT = 4.0
 MOST_MODEL_COST = 0.5
 
 
 @dataclass
 class Purse:
-    """How many tokens a sequence may guess now. cost: of each guess, in steps. most: guesses at once."""
+    """How many tokens a sequence may guess now.
+
+    cost: of each guess, in steps. try_cost: of guessing at all. most: guesses at once. first_credit: what a sequence
+    begins with, beside the cost of one try.
+    """
 
     cost: float
     most: int
-    credit: float = FIRST_CREDIT
+    try_cost: float = TRY_COST
+    first_credit: float = FIRST_CREDIT
+    credit: float = field(init=False)
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.credit = self.try_cost + self.first_credit
         self.width = max(self.most // 2, 1)
 
     def earn(self) -> None:
@@ -49,11 +58,11 @@ class Purse:
 
     def affordable(self) -> int:
         """Guesses that may be made now."""
-        return max(min(self.width, int((self.credit - TRY_COST) / self.cost)), 0)
+        return max(min(self.width, int((self.credit - self.try_cost) / self.cost)), 0)
 
     def settle(self, num_proposed: int, num_accepted: int) -> None:
         """Pay for the guesses, and be paid for the right ones."""
-        gain = num_accepted - TRY_COST - num_proposed * self.cost
+        gain = num_accepted - self.try_cost - num_proposed * self.cost
         self.credit = min(self.credit + gain, MOST_CREDIT)
         if num_accepted == num_proposed:
             self.width = min(self.width * 2, self.most)
@@ -89,18 +98,21 @@ class _Lookup:
 class PromptLookup:
     """Guesses that a text goes on as it did where its last two to four tokens stood before.
 
-    Costs a dictionary of three entries a token and no computation to speak of.
+    Costs a dictionary of three entries a token and no computation to speak of. try_cost: see `Purse`.
     """
 
-    def __init__(self, *, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> None:
+    def __init__(self, *, num_draft_tokens: int = NUM_DRAFT_TOKENS, try_cost: float = TRY_COST) -> None:
         self._most = num_draft_tokens
+        self._try_cost = try_cost
         self._lookups: dict[int, _Lookup] = {}
 
     def wanted(self, sequence: Sequence) -> int:
         """How many tokens follow the earlier place, and are worth a try."""
         lookup = self._lookups.get(sequence.sequence_id)
         if lookup is None:
-            lookup = self._lookups[sequence.sequence_id] = _Lookup(Purse(ROW_COST, self._most))
+            lookup = self._lookups[sequence.sequence_id] = _Lookup(
+                Purse(ROW_COST, self._most, self._try_cost)
+            )
         lookup.purse.earn()
         lookup.update(sequence.tokens)
         return 0 if lookup.found is None else lookup.purse.affordable()
@@ -144,17 +156,21 @@ class DraftModel:
         *,
         cost: float,
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
+        try_cost: float = TRY_COST,
     ) -> None:
         self._runner = Runner(model, cache)
         self._cost = ROW_COST + min(cost, MOST_MODEL_COST)
         self._most = num_draft_tokens
+        self._try_cost = try_cost
         self._purses: dict[int, Purse] = {}
 
     def wanted(self, sequence: Sequence) -> int:
         """How many guesses are worth a try."""
         purse = self._purses.get(sequence.sequence_id)
         if purse is None:  # someone chose this model, so it is worth a longer try than chance finds
-            purse = self._purses[sequence.sequence_id] = Purse(self._cost, self._most, credit=MOST_CREDIT)
+            purse = self._purses[sequence.sequence_id] = Purse(
+                self._cost, self._most, self._try_cost, first_credit=MOST_CREDIT
+            )
         purse.earn()
         return purse.affordable()
 

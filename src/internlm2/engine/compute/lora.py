@@ -1,25 +1,27 @@
 """LoRA adapters (arXiv 2106.09685): folders in PEFT format, many in memory, chosen row by row in one batch.
 
-W x becomes W x + B (A x), with the factor alpha / r folded into B when the files are read. The linears that
-add it share the model's own parameters; which rows take which adapter is told by `Adapters.select`.
+The factor alpha / r is folded into B when the files are read. `adapted_linear.py` computes; which rows take which
+adapter is told by `Adapters.select`.
 """
 
 import dataclasses
+import itertools
 import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from internlm2.checkpoint.config_json import read_json
 from internlm2.checkpoint.source import Store, cast, expected_shapes
 from internlm2.checkpoint.stores import SafetensorsStore, TorchBinStore
 from internlm2.config import from_dict, suggest
+from internlm2.engine.compute.adapted_linear import AdaptedLinear, Group, LowRank, Span, group_rows
 from internlm2.errors import CheckpointError, RequestError
 from internlm2.model.config import ModelConfig
 from internlm2.model.heads import Model
@@ -45,15 +47,6 @@ _OFF: tuple[object, ...] = (None, False, "none", [], {})
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 T = TypeVar("T")
-Span = tuple[int, int, str]  # rows [start, end) use the adapter called so
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """What is added to one linear. a: (r, in). b: (out, r), with the adapter's scale in it."""
-
-    a: torch.Tensor
-    b: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,45 +225,24 @@ def _check_shapes(
             )
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """The rows of one adapter. rows: a slice, or int64 ids (n,) on the model's device. end: behind the last."""
+@dataclass(eq=False)
+class _Loaded:
+    """An adapter that requests can name. number: of no other one. users: who holds it."""
 
-    name: str
-    rows: slice | torch.Tensor
-    end: int
+    path: Path
+    number: int
+    users: set[int] = field(default_factory=set)
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear with the parameters of `base`, which adds to each row what its adapter adds.
-
-    groups: the rows that have one; one list that all linears share and `Adapters.select` fills.
-    """
-
-    def __init__(self, base: nn.Linear, groups: list[_Group]) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.train(base.training)
-        self.factors: dict[str, LowRank] = {}
-        self._groups = groups
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.Linear
-        """input: (..., in) -> (..., out). Rows are counted over the flattened leading dimensions."""
-        out = F.linear(input, self.weight, self.bias)
-        groups = [group for group in self._groups if group.name in self.factors]
-        if not groups:
-            return out
-        x, flat = input.reshape(-1, self.in_features), out.reshape(-1, self.out_features)  # (N, in), (N, out)
-        for group in groups:
-            assert group.end <= len(x), f"adapter rows up to {group.end} of an input of {len(x)}"
-            factors = self.factors[group.name]
-            narrow = F.linear(x[group.rows], factors.a)  # (n, r)
-            # Rounded once in both branches, so that a row does not depend on how its adapter's rows lie.
-            if isinstance(group.rows, slice):
-                flat[group.rows].addmm_(narrow, factors.b.t())
-            else:
-                flat[group.rows] = torch.addmm(flat[group.rows], narrow, factors.b.t())
-        return flat.view(out.shape)
+def check_known(name: str, known: Sequence[str]) -> None:
+    """Raise RequestError when there is no adapter of that name."""
+    if name not in known:
+        none = (
+            "None is loaded: load the model with adapters={name: folder}, or call adapters.add(name, folder)."
+        )
+        raise RequestError(
+            f"There is no adapter called {name!r}. {suggest(name, list(known)) if known else none}"
+        )
 
 
 class Adapters:
@@ -285,8 +257,11 @@ class Adapters:
         """Adapters of no model yet: use `attach`."""
         self._config = config
         self._linears: dict[str, AdaptedLinear] = {}
-        self._paths: dict[str, Path] = {}
-        self._groups: list[_Group] = []
+        self._loaded: dict[str, _Loaded] = {}
+        self._numbers = itertools.count()
+        self._groups: list[Group] = []
+        # NOTE: `release` may run inside a garbage collection, in a thread that is in here already.
+        self._lock = threading.RLock()
 
     @classmethod
     def attach(cls, model: Model) -> "Adapters":
@@ -313,34 +288,55 @@ class Adapters:
     @property
     def names(self) -> tuple[str, ...]:
         """What is loaded, in the order in which it was added."""
-        return tuple(self._paths)
+        return tuple(self._loaded)
 
     def add(self, name: str, path: str | Path) -> None:
         """Load the adapter in `path` and call it `name`. Raises RequestError for a name that is taken."""
-        if name in self._paths:
+        if name in self._loaded:
             raise RequestError(
-                f"An adapter called {name!r} is loaded already, from {self._paths[name]}. Remove it first, or choose "
-                "another name."
+                f"An adapter called {name!r} is loaded already, from {self._loaded[name].path}. Remove it first, or "
+                "choose another name."
             )
         weight = next(iter(self._linears.values())).weight
         adapter = load_adapter(path, self._config, dtype=weight.dtype, device=weight.device)
         for module, factors in adapter.weights.items():
             self._linears[module].factors[name] = factors
-        self._paths[name] = adapter.path
+        self._loaded[name] = _Loaded(adapter.path, next(self._numbers))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and free its memory; the selection is cleared. Raises RequestError when unknown."""
-        self.check_known(name)
-        self.select(())
-        for linear in self._linears.values():
-            linear.factors.pop(name, None)
-        del self._paths[name]
+        """Forget an adapter and free its memory; a selection of it is cleared. From any thread.
 
-    def check_known(self, name: str) -> None:
-        """Raise RequestError when no adapter of that name is loaded."""
-        if name not in self._paths:
-            known = suggest(name, list(self._paths)) if self._paths else "None is loaded; add it first."
-            raise RequestError(f"There is no adapter called {name!r}. {known}")
+        Raises RequestError when it is unknown, and when somebody holds it.
+        """
+        with self._lock:
+            check_known(name, self.names)
+            num_users = len(self._loaded[name].users)
+            if num_users > 0:
+                raise RequestError(
+                    f"The adapter {name!r} cannot be removed while requests use it ({num_users} open). Wait for them, "
+                    "or abort them."
+                )
+            if any(group.name == name for group in self._groups):
+                self._groups.clear()  # then no forward is on its way: its requests would hold the adapter
+            for linear in self._linears.values():
+                linear.factors.pop(name, None)
+            del self._loaded[name]
+
+    def hold(self, name: str, user: int) -> int:
+        """Keep an adapter from being removed until `release`. user: a number of the caller's own.
+
+        Returns a number that no adapter of that name had before. Raises RequestError when it is unknown.
+        """
+        with self._lock:
+            check_known(name, self.names)
+            self._loaded[name].users.add(user)
+            return self._loaded[name].number
+
+    def release(self, name: str, user: int) -> None:
+        """End a `hold`. May be called twice."""
+        with self._lock:
+            if name in self._loaded:
+                self._loaded[name].users.discard(user)
 
     def select(self, spans: Sequence[Span]) -> None:
         """Say which rows of the next forward passes take which adapter; holds until the next call.
@@ -348,36 +344,8 @@ class Adapters:
         spans: (start, end, name), rows [start, end) of the flattened input, in any order, disjoint; rows in none
         take the model alone, and () clears. Raises RequestError for an unknown name, and keeps the old selection.
         """
-        self._groups[:] = self._grouped(spans)
-
-    def _grouped(self, spans: Sequence[Span]) -> list[_Group]:
-        ranges = _ranges_by_name(spans)
-        for name in ranges:
-            self.check_known(name)
-        scattered = [name for name, parts in ranges.items() if len(parts) > 1]
-        ids: dict[str, torch.Tensor] = {}
-        if scattered:  # one transfer for all of them
-            device = next(iter(self._linears.values())).weight.device
-            rows = {name: [row for part in ranges[name] for row in range(*part)] for name in scattered}
-            all_rows = [row for own in rows.values() for row in own]
-            row_ids = torch.tensor(all_rows, dtype=torch.int64, device=device)
-            ids = dict(zip(rows, row_ids.split([len(own) for own in rows.values()]), strict=True))
-        return [
-            _Group(name, ids[name] if name in ids else slice(*parts[0]), parts[-1][1])
-            for name, parts in ranges.items()
-        ]
-
-
-def _ranges_by_name(spans: Sequence[Span]) -> dict[str, list[tuple[int, int]]]:
-    """Name -> its ranges in order, with those that touch joined."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    reached = 0
-    for start, end, name in sorted(spans):
-        assert reached <= start <= end, f"adapter rows [{start}, {end}) overlap others or run backwards"
-        reached = end
-        parts = ranges.setdefault(name, [])
-        if parts and parts[-1][1] == start:
-            parts[-1] = (parts[-1][0], end)
-        else:
-            parts.append((start, end))
-    return ranges
+        groups = group_rows(spans, next(iter(self._linears.values())).weight.device)
+        with self._lock:
+            for group in groups:
+                check_known(group.name, self.names)
+            self._groups[:] = groups

@@ -19,9 +19,13 @@ FIXED_ROWS = 64
 
 
 class AdapterRows(Protocol):
-    """Who applies LoRA adapters: told before a forward which rows use which."""
+    """Who applies LoRA adapters: told before a forward which rows use which, and which ones requests need."""
 
     def select(self, spans: Sequence[tuple[int, int, str]]) -> None: ...
+
+    def hold(self, name: str, user: int) -> int: ...
+
+    def release(self, name: str, user: int) -> None: ...
 
 
 class Runner:

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 
-from internlm2.errors import RequestError
+from internlm2.errors import RequestError, check
 
 MAX_SAMPLES = 256
 MAX_LOGPROBS = 64
+_WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "priority")
+_WHOLE_OR_NONE = ("seed", "logprobs", "prompt_logprobs", "length_limit")
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,55 +68,61 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._check_lengths()
         self._check_choice()
         self._check_pushes()
         self._check_texts()
 
-    def _check_lengths(self) -> None:
-        for name in ("max_tokens", "min_tokens", "n", "top_k", "priority"):
-            _check(isinstance(getattr(self, name), Integral), name, getattr(self, name), "a whole number")
-        for name in ("seed", "logprobs", "prompt_logprobs", "length_limit"):
+    def _check_kinds(self) -> None:
+        for name in _WHOLE:
+            check(isinstance(getattr(self, name), Integral), name, getattr(self, name), "a whole number")
+        for name in _WHOLE_OR_NONE:
             value = getattr(self, name)
-            _check(value is None or isinstance(value, Integral), name, value, "a whole number or None")
-        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "from 0 to max_tokens")
+            check(value is None or isinstance(value, Integral), name, value, "a whole number or None")
+        for name in _NUMBERS:
+            check(_is_number(getattr(self, name)), name, getattr(self, name), "a number")
+
+    def _check_lengths(self) -> None:
+        check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "from 0 to max_tokens")
         limit = self.length_limit
-        _check(limit is None or limit >= 1, "length_limit", limit, "at least 1")
+        check(limit is None or limit >= 1, "length_limit", limit, "at least 1")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"from 0 to {MAX_LOGPROBS}")
+            check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"from 0 to {MAX_LOGPROBS}")
 
     def _check_choice(self) -> None:
         is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
-        _check(is_usable, "temperature", self.temperature, "0 (greedy) or from 0.0001 to 10000")
-        _check(1 <= self.n <= MAX_SAMPLES, "n", self.n, f"from 1 to {MAX_SAMPLES}")
+        check(is_usable, "temperature", self.temperature, "0 (greedy) or from 0.0001 to 10000")
+        check(1 <= self.n <= MAX_SAMPLES, "n", self.n, f"from 1 to {MAX_SAMPLES}")
         is_varied = self.n == 1 or self.temperature > 0
-        _check(
+        check(
             is_varied, "n", self.n, "1 at temperature 0, where all answers are the same (set a temperature)"
         )
-        _check(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "from 0 to 2^63 - 1")
-        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        _check(0 < self.typical_p <= 1, "typical_p", self.typical_p, "above 0 and at most 1")
+        check(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "from 0 to 2^63 - 1")
+        check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        check(0 < self.typical_p <= 1, "typical_p", self.typical_p, "above 0 and at most 1")
 
     def _check_pushes(self) -> None:
         penalty = self.repetition_penalty
-        _check(0.01 <= penalty <= 100, "repetition_penalty", penalty, "from 0.01 to 100")
+        check(0.01 <= penalty <= 100, "repetition_penalty", penalty, "from 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2")
+            check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2")
         for token, bias in self.logit_bias.items():
-            _check(_is_id(token), "An id in logit_bias", token, "a whole number from 0 on")
-            _check(-100 <= bias <= 100, f"logit_bias of {token}", bias, "from -100 to 100")
+            check(_is_id(token), "An id in logit_bias", token, "a whole number from 0 on")
+            check(_is_number(bias), f"logit_bias of {token}", bias, "a number")
+            check(-100 <= bias <= 100, f"logit_bias of {token}", bias, "from -100 to 100")
         for word in self.bad_words_ids:
             is_good = len(word) > 0 and all(map(_is_id, word))
-            _check(is_good, "A word in bad_words_ids", word, "at least one id, each a whole number from 0 on")
+            check(is_good, "A word in bad_words_ids", word, "at least one id, each a whole number from 0 on")
 
     def _check_texts(self) -> None:
         for name in ("stop", "bad_words", "choice"):
             texts = getattr(self, name)
-            _check(not isinstance(texts, str), name, texts, "a tuple of texts, not one text")
-            _check(all(texts), name, texts, "texts of at least one character")
+            check(not isinstance(texts, str), name, texts, "a tuple of texts, not one text")
+            check(all(texts), name, texts, "texts of at least one character")
         forms = [name for name in ("json_schema", "regex") if getattr(self, name) is not None]
         forms += ["choice"] if self.choice else []
         if len(forms) > 1:
@@ -124,6 +135,5 @@ def _is_id(token: object) -> bool:
     return isinstance(token, Integral) and int(token) >= 0
 
 
-def _check(is_good: bool, name: str, value: object, allowed: str) -> None:
-    if not is_good:
-        raise RequestError(f"{name} is {value!r}, but must be {allowed}.")
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -93,9 +93,9 @@ class Penalties:
         bad_words_ids: Sequence[Sequence[int]],
     ) -> None:
         words = [*params.bad_words_ids, *bad_words_ids]
-        _check_ids("logit_bias", params.logit_bias, vocab_size=vocab_size)
+        check_ids("logit_bias", params.logit_bias, vocab_size=vocab_size)
         for word in words:
-            _check_ids("bad_words_ids", word, vocab_size=vocab_size)
+            check_ids("bad_words_ids", word, vocab_size=vocab_size)
         self.params = params
         self.bias_ids: Ids = np.array(list(params.logit_bias), dtype=np.int64)
         self.bias: Values = np.array(list(params.logit_bias.values()), dtype=np.float32)
@@ -219,7 +219,8 @@ def _constrain(logits: torch.Tensor, constraints: Mapping[int, Constraint]) -> d
     return errors
 
 
-def _check_ids(name: str, ids: Iterable[int], *, vocab_size: int) -> None:
+def check_ids(name: str, ids: Iterable[int], *, vocab_size: int) -> None:
+    """Raise RequestError for ids outside the vocabulary; `name` is what holds them."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise RequestError(f"{name} holds {token}, but ids go from 0 to {vocab_size - 1}.")
