@@ -1,4 +1,5 @@
-"""What the engine promises, on a real model in float32: each way gives the log-probabilities of transformers' Llama.
+"""What the engine promises, on a real model in float32: each way gives the log-probabilities of transformers' Llama,
+to 1e-5 of the largest logit.
 
 Run: pytest -m slow tests/engine/test_demo_model.py (three minutes; the tiny models are tested on every run).
 """
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from internlm2 import LLM, SamplingParams
+from internlm2.cli.main import run
 
 pytestmark = pytest.mark.slow
 
@@ -38,28 +40,31 @@ def prompts(demo):
 
 
 @pytest.fixture(scope="module")
-def expected(demo, prompts):
-    """Greedy tokens and their log-probabilities by transformers, one prompt at a time."""
+def expected(demo, prompts, tmp_path_factory):
+    """By transformers, one prompt at a time: greedy tokens, their log-probabilities, and what 1e-5 of a logit is."""
     from transformers import LlamaForCausalLM
 
     torch.set_num_threads(2)
-    model = LlamaForCausalLM.from_pretrained(demo, dtype=torch.float32).eval()
+    folder = tmp_path_factory.mktemp("llama") / "demo"
+    assert run(["model", "export", str(demo), str(folder), "--to", "llama", "--dtype", "float32"]) == 0
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             whole = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
-            logprobs = model(whole).logits[0].log_softmax(-1)
+            logits = model(whole).logits[0]
         new = whole[0, len(prompt) :]
-        answers.append((new.tolist(), logprobs[len(prompt) - 1 : -1].gather(1, new[:, None])[:, 0]))
+        logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, new[:, None])[:, 0]
+        answers.append((new.tolist(), logprobs, 1e-5 * float(logits.abs().max())))
     return answers
 
 
 def check(outs, expected):
-    for out, (tokens, logprobs) in zip(outs, expected, strict=True):
+    for out, (tokens, logprobs, tolerance) in zip(outs, expected, strict=True):
         assert out.token_ids == tokens
         ours = torch.tensor([token.logprob for token in out.logprobs])
-        torch.testing.assert_close(ours, logprobs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, logprobs, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -90,8 +95,8 @@ def test_the_next_turn_of_a_chat_is_that_of_a_fresh_model(demo, prompts, expecte
     turns = [[*prompt, *out.token_ids, 198, 198] for prompt, out in zip(prompts, first, strict=True)]
     cached = llm.generate(turns, PARAMS)
     fresh = LLM(demo, dtype="float32", prefix_cache=False).generate(turns, PARAMS)
-    for one, other in zip(cached, fresh, strict=True):
+    for one, other, (_, _, tolerance) in zip(cached, fresh, expected, strict=True):
         assert one.token_ids == other.token_ids
         ours, theirs = ([token.logprob for token in out.logprobs] for out in (one, other))
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
     assert cached[-1].num_cached_tokens > 300
