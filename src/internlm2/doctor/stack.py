@@ -10,6 +10,7 @@ import torch
 
 from internlm2.checkpoint import memory
 from internlm2.doctor.finding import Finding
+from internlm2.sandbox import SandboxError, examine_isolation
 
 PACKAGES = (
     "internlm2",
@@ -49,7 +50,19 @@ def examine_stack() -> list[Finding]:
     else:
         findings.append(remote_code_finding(transformers))
     findings.append(_processor())
+    findings.append(_sandbox())
     return findings
+
+
+def _sandbox() -> Finding:
+    """Whether code that a model wrote can be kept apart here."""
+    try:
+        isolation = examine_isolation()
+    except SandboxError as error:
+        return Finding("sandbox", "note", str(error), "Code written by a model cannot be run here.")
+    remedy = "" if isolation.is_complete else "See docs/sandbox.md before you let a model run code here."
+    what = [line for line in isolation.describe() if not line.startswith("Never")]
+    return Finding("sandbox", "ok" if isolation.is_complete else "note", " ".join(what), remedy)
 
 
 def remote_code_finding(version: str) -> Finding:
