@@ -22,7 +22,7 @@ from internlm2.errors import ConfigError
 COMMAND = [sys.executable, "-m", "internlm2"]
 ALL_COMMANDS = [
     [], ["chat"], ["generate"], ["bench"], ["doctor"], ["model"], ["model", "download"], ["model", "info"],
-    ["model", "convert"], ["model", "export"],
+    ["model", "convert"], ["model", "export"], ["eval"], ["eval", "prompt"], ["eval", "data"],
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ WAYS = {
     "plain": {},
     "small chunks": {"chunk_tokens": 48},
     "two at once": {"max_num_seqs": 2},
-    "little memory": {"max_model_len": 480, "memory_gib": 33 * 16 * 46080 / 2**30},
+    "little memory": {"max_model_len": 64, "memory_gib": 7 * 16 * 46080 / 2**30},
     "prompt lookup": {"speculative": "lookup"},
     "deterministic": {"deterministic": True},
     "two processes": {"tensor_parallel": 3},
@@ -71,6 +71,8 @@ def check(outs, expected):
 def test_every_way_gives_what_transformers_gives(demo, prompts, expected, way):
     torch.set_num_threads(2)
     llm = LLM(demo, dtype="float32", **WAYS[way])
+    if way == "little memory":  # room for two of the three short ones
+        prompts, expected = prompts[:3], expected[:3]
     try:
         together = llm.generate(prompts, PARAMS)
         check(together, expected)
@@ -80,7 +82,8 @@ def test_every_way_gives_what_transformers_gives(demo, prompts, expected, way):
             assert llm.stats.num_accepted_tokens > 10
         again = llm.generate(prompts, PARAMS)  # the prefixes are cached now
         check(again, expected)
-        assert (again[-1].num_cached_tokens > 300) == (way not in ("deterministic", "little memory"))
+        if way != "little memory":  # there the cache may have given way
+            assert (again[-1].num_cached_tokens > 300) == (way != "deterministic")
         streamed = list(llm.stream(prompts[0], PARAMS))
         assert [token for piece in streamed for token in piece.token_ids] == expected[0][0]
         assert "".join(piece.text for piece in streamed) == together[0].text
