@@ -84,8 +84,9 @@ def main() -> None:
         "Speculative decoding by prompt lookup, demo model", "python benchmarks/speculative.py", ("torch",)
     )
     text += (
-        f"SmolLM2-135M, bfloat16, one sequence, {NUM_TOKENS} new tokens, medians of {ROUNDS} runs, in which the two take "
-        f"turns step by step. Foreign load between the runs: {min(loads):.0%} to {max(loads):.0%} of the processor.\n\n"
+        f"SmolLM2-135M, bfloat16, one sequence, {NUM_TOKENS} new tokens, medians of {ROUNDS} runs, in which the two "
+        "take turns step by step. Foreign load between the runs: "
+        f"{min(loads):.0%} to {max(loads):.0%} of the processor.\n\n"
         "| text | temperature | plain tokens/s | lookup tokens/s | ratio [spread] | agreed guesses | equal tokens |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         "Equal tokens: the length of the common beginning. In bfloat16 a step of nine rows rounds otherwise than one "

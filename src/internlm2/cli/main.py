@@ -31,6 +31,8 @@ app.command(
     "internlm2.cli.generate:generate",
     help="Complete a prompt, or answer one message; both may be piped.",
 )
+app.command("internlm2.cli.serve:serve", help="Serve a model over HTTP, as OpenAI's API.")
+app.command("internlm2.cli.serve:key", help="Make an API key for `serve`.")
 app.command("internlm2.cli.bench:bench", help="Measure speed and memory of a model on this machine.")
 app.command(
     "internlm2.cli.doctor:doctor", help="Examine your installation and a model folder. Exit code 1: wrong."
