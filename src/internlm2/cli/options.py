@@ -31,6 +31,7 @@ class RunConfig:
     adapter: str | None = None
     deterministic: bool = False
     tensor_parallel: int = 1
+    quantization: str | None = None
     max_tokens: int = 1024
     temperature: float = 0.8
     top_k: int = 0
@@ -75,6 +76,10 @@ class RunFlags:
     ] = None
     tensor_parallel: Annotated[
         int | None, Parameter(help="Split the model over so many GPUs or CPU processes [1].")
+    ] = None
+    quantization: Annotated[
+        str | None,
+        Parameter(help="Weights in int8 or int4, or bfloat16 unchanged, for the fast CPU kernels."),
     ] = None
     max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None
     temperature: Annotated[
@@ -151,6 +156,7 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         adapters=None if config.adapter is None else {ADAPTER: config.adapter},
         deterministic=config.deterministic,
         tensor_parallel=config.tensor_parallel,
+        quantization=config.quantization,
     )
 
 

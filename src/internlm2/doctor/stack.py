@@ -10,6 +10,7 @@ import torch
 
 from internlm2.checkpoint import memory
 from internlm2.doctor.finding import Finding
+from internlm2.kernels.library import library
 from internlm2.sandbox import SandboxError, examine_isolation
 
 PACKAGES = (
@@ -50,8 +51,18 @@ def examine_stack() -> list[Finding]:
     else:
         findings.append(remote_code_finding(transformers))
     findings.append(_processor())
+    findings.append(_kernels())
     findings.append(_sandbox())
     return findings
+
+
+def _kernels() -> Finding:
+    """Which C++ kernels compute with packed weights; built now if they never were."""
+    built = library()
+    if built is None:
+        remedy = "apt install g++ (or name a compiler in CXX), then start again."
+        return Finding("kernels", "note", "plain torch: right, but slow with packed weights.", remedy)
+    return Finding("kernels", "ok", f"{built.level_name}, {torch.get_num_threads()} threads, {built.path}")
 
 
 def _sandbox() -> Finding:

@@ -14,7 +14,7 @@ from internlm2.checkpoint.load import load_checkpoint, require_head
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.plan import context_limit, kv_bytes_per_token
 from internlm2.checkpoint.resolve import resolve_model
-from internlm2.checkpoint.source import Checkpoint, dtype_name
+from internlm2.checkpoint.source import Checkpoint, dtype_name, expected_shapes
 from internlm2.engine.admission import Admission
 from internlm2.engine.compute.lora import Adapters
 from internlm2.engine.compute.page_cache import PageCache
@@ -36,6 +36,8 @@ from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError, c
 from internlm2.model.config import ModelConfig
 from internlm2.model.heads import CausalLM, Model, RopeMode
 from internlm2.parallel import shard_plan
+from internlm2.quant.linear import quantize_model
+from internlm2.quant.weight import parse_format
 from internlm2.tokenizer import Tokenizer
 
 PAGE_SIZE = 16
@@ -66,6 +68,7 @@ class EngineOptions:
     speculative: str | Path | None = None
     num_draft_tokens: int = NUM_DRAFT_TOKENS
     tensor_parallel: int = 1
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
@@ -80,6 +83,7 @@ class EngineOptions:
         check(self.num_draft_tokens >= 1, "num_draft_tokens", self.num_draft_tokens, "at least 1")
         check(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "at least 1")
         self._check_split()
+        self._check_quantization()
         if self.deterministic and self.speculative is not None:
             raise RequestError(
                 "deterministic=True does not go with speculative decoding: how many tokens are checked together "
@@ -107,6 +111,21 @@ class EngineOptions:
                 raise RequestError(
                     f"tensor_parallel={self.tensor_parallel} does not go with {name}, which needs the whole model in "
                     "one process. Leave one of them off."
+                )
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        parse_format(self.quantization)
+        kinds = {
+            "deterministic=True": self.deterministic,
+            "adapters": self.adapters is not None,
+            "tensor_parallel": self.tensor_parallel > 1,
+        }
+        for name, is_wanted in kinds.items():
+            if is_wanted:
+                raise RequestError(
+                    f"quantization={self.quantization!r} does not go with {name} yet. Leave one of them off."
                 )
 
     @property
@@ -151,6 +170,8 @@ def load(path: str | Path, options: EngineOptions) -> Loaded:
         model = load_checkpoint(
             checkpoint, dtype=options.dtype, device=options.device, rope_mode=options.rope_mode
         )
+        if options.quantization is not None:
+            quantize_model(model, parse_format(options.quantization))
         return build(model, tokenizer, options)
     shard_plan(
         checkpoint.config, options.tensor_parallel
@@ -269,7 +290,7 @@ def _drafter(
 
 
 def _num_weights(model: Model) -> int:
-    return sum(weight.numel() for weight in model.parameters())
+    return memory.count_parameters(expected_shapes(model.config)).total  # packed weights are no parameters
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,166 @@
+"""Weights in int8 or int4, rounded to the nearest, with one scale for every group of columns.
+
+Scales are bfloat16, and the weights are rounded against the scale as stored, so its own rounding costs nothing. For
+int4 a few scales around the obvious one are tried and the one with the smallest squared error is kept, as llama.cpp's
+quantiser does (`make_qx_quants`): clipping one outlier is often cheaper than a coarse grid for the rest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from internlm2.errors import RequestError
+from internlm2.kernels import PackedWeight, pack_bfloat16, pack_int4, pack_int8
+from internlm2.kernels.packed import Kind
+
+_VALUES_AT_ONCE = 1 << 20  # so that intermediate results stay in the cache
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)  # factors of the obvious scale that are tried for int4
+_SMALLEST = 1e-30  # of a scale while it divides; stored as zero
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored, and how activations are rounded before they meet them.
+
+    group: columns that share a scale. has_zeros: int4 with a zero of each group's own. activation_bits: 8, or 15, which
+    takes two products for each weight: free while the memory is the limit, half the speed from about 8 rows on.
+    """
+
+    kind: Kind
+    group: int = 0
+    has_zeros: bool = False
+    activation_bits: int = 8
+
+
+# int8 is for those who want nothing lost, and with 8 bits the activations lose more than the weights do
+# (docs/kernels.md has the figures). With int4 the weights lose most, and 8 bits are enough.
+FORMATS: dict[str, WeightFormat] = {
+    "bfloat16": WeightFormat("bfloat16"),
+    "int8": WeightFormat("int8", 32, activation_bits=15),
+    "int4": WeightFormat("int4", 32, has_zeros=True),
+}
+
+
+def parse_format(name: str) -> WeightFormat:
+    """The format called so. Raises RequestError."""
+    if name not in FORMATS:
+        raise RequestError(f"quantization is {name!r}, but must be one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def fitting_group(columns: int, wanted: int) -> int:
+    """The largest group up to `wanted` that leaves no rest, so that no zeros are stored; at least 32."""
+    return next(
+        (group for group in (wanted, wanted // 2, wanted // 4) if group >= 32 and columns % group == 0), 32
+    )
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: torch.Tensor,
+    fmt: WeightFormat,
+    *,
+    gate: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> PackedWeight:
+    """Round and pack. weight: (N, C) of any floating dtype. gate: (N, C); the product is then silu(gate x) * weight x.
+
+    Raises RequestError when a weight is not finite.
+    """
+    if fmt.kind == "bfloat16":
+        return pack_bfloat16(weight, gate=gate, bias=bias)
+    group = fitting_group(weight.shape[1], fmt.group)
+    q, scales, zeros = round_weight(weight, fmt, group)
+    others = None if gate is None else round_weight(gate, fmt, group)
+    if fmt.kind == "int8":
+        gate_parts = None if others is None else others[:2]
+        return pack_int8(
+            q, scales, group=group, gate=gate_parts, bias=bias, activation_bits=fmt.activation_bits
+        )
+    return pack_int4(
+        q, scales, zeros, group=group, gate=others, bias=bias, activation_bits=fmt.activation_bits
+    )
+
+
+@torch.no_grad()
+def round_weight(
+    weight: torch.Tensor, fmt: WeightFormat, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(N, C) -> q (N, C) int8 or uint8; scales (N, groups) bfloat16; zeros (N, groups) uint8 in sixteenths, or None."""
+    rows, columns = weight.shape
+    num_groups = -(-columns // group)
+    is_int8 = fmt.kind == "int8"
+    q = torch.empty(rows, columns, dtype=torch.int8 if is_int8 else torch.uint8)
+    scales = torch.empty(rows, num_groups, dtype=torch.bfloat16)
+    zeros = torch.empty(rows, num_groups, dtype=torch.uint8) if fmt.has_zeros else None
+    step = max(1, _VALUES_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        values = F.pad(weight[part].float(), (0, num_groups * group - columns)).view(-1, num_groups, group)
+        if not values.isfinite().all():
+            raise RequestError(
+                "A weight is NaN or infinite, so it cannot be rounded. Is the checkpoint damaged?"
+            )
+        if is_int8:
+            rounded, scale = _int8(values)
+        elif zeros is None:
+            rounded, scale = _int4(values)
+        else:
+            rounded, scale, zeros[part] = _int4_with_zeros(values)
+        q[part] = rounded.flatten(1)[:, :columns].to(q.dtype)
+        scales[part] = scale.where(scale.abs() > 2 * _SMALLEST, 0)
+    return q, scales, zeros
+
+
+def _int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = _stored(values.abs().amax(-1) / 127)
+    return (values / scale[..., None]).round_().clamp_(-127, 127), scale
+
+
+def _int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale * (q - 8), q in [0, 15]. The value of largest magnitude takes the longer side, -8, by the scale's sign."""
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0]
+    best: tuple[torch.Tensor, ...] | None = None
+    for factor in _SHRINK:
+        scale = _stored(largest / -8 * factor)
+        q = (values / scale[..., None]).round_().clamp_(-8, 7)
+        # The best scale for these whole numbers is a projection; the numbers are then rounded against it.
+        scale = _stored((values * q).sum(-1) / q.square().sum(-1).clamp(min=1), like=scale)
+        q = (values / scale[..., None]).round_().clamp_(-8, 7)
+        error = (q * scale[..., None] - values).square_().sum(-1)
+        best = _better(best, (error, q, scale))
+    assert best is not None
+    return best[1] + 8, best[2]
+
+
+def _int4_with_zeros(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale * (q - zero), q in [0, 15], zero in [0, 15] by sixteenths. The grid always holds 0 nearly."""
+    low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    best: tuple[torch.Tensor, ...] | None = None
+    for factor in _SHRINK:
+        scale = _stored((high - low) / 15 * factor)
+        middle = (high + low) / 2 / scale  # the clipped range keeps its middle
+        zero = ((7.5 - middle).clamp(0, 15) * 16).round_() / 16
+        q = (values / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
+        error = ((q - zero[..., None]) * scale[..., None] - values).square_().sum(-1)
+        best = _better(best, (error, q, scale, zero))
+    assert best is not None
+    return best[1], best[2], (best[3] * 16).to(torch.uint8)
+
+
+def _better(old: tuple[torch.Tensor, ...] | None, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Group by group, what belongs to the smaller error, which stands first."""
+    if old is None:
+        return new
+    wins = new[0] < old[0]
+    return tuple(
+        torch.where(wins if a.dim() == 2 else wins[..., None], a, b) for a, b in zip(new, old, strict=True)
+    )
+
+
+def _stored(scale: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """A scale as bfloat16 holds it, never zero; where it would be, that of `like`."""
+    scale = scale.to(torch.bfloat16).float()
+    instead = torch.full_like(scale, _SMALLEST) if like is None else like
+    return torch.where(scale.abs() < _SMALLEST, instead, scale)
