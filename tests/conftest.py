@@ -1,5 +1,6 @@
 """Models that many tests share."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,16 @@ import torch
 def _one_thread():
     """The cores are shared, and the models tiny: a second thread only waits for the first."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """A command that is run in this process sets up the log for good; the next test wants it untouched."""
+    logger = logging.getLogger("internlm2")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture(scope="session")

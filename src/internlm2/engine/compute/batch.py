@@ -46,7 +46,8 @@ class Batch:
         if len(self.spans) != 1:
             return None
         slots = self.slots.tolist()
-        return slots[0] if slots[-1] - slots[0] == len(slots) - 1 else None
+        # NOTE: all of them, for pages 5, 9, 2, 8 begin and end as 5, 6, 7, 8 do.
+        return slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
 
 
 @dataclass(frozen=True)

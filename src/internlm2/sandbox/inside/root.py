@@ -10,7 +10,7 @@ import os
 from internlm2.sandbox.inside import linux
 from internlm2.sandbox.setup import Setup, Wall
 
-HOME, TEMPORARY = "/home/sandbox", "/tmp"
+HOME, TEMPORARY = "/box", "/tmp"
 SHARED_MEMORY = "/dev/shm"
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _MAX_FILES = 20_000
