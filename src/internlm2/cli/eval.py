@@ -1,13 +1,20 @@
-"""`internlm2 eval`: prompt, data."""
+"""`internlm2 eval`: prompt, data, run, show, table."""
 
 import io
 import json
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+from internlm2.cli import options
+from internlm2.cli.options import RunConfig, RunFlags
+
+if TYPE_CHECKING:
+    from internlm2.eval.model import LanguageModel
 
 DataArgument = Annotated[Path, Parameter(help="Folder in the layout of OpenCompass' data/.")]
 DEFAULT_DATA = Path("data")
@@ -70,3 +77,153 @@ def data(
     else:
         print(as_text(data, found, show_all=show_all))
     return INCOMPLETE if any(one.missing for one in found if one.name not in ("ceval", "cmmlu")) else 0
+
+
+def run(
+    model: Annotated[
+        str,
+        Parameter(help="Folder, GGUF file, Hugging Face id, or `demo`; with --endpoint its name there."),
+    ],
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the run. One that was begun is gone on with.")],
+    tasks: Annotated[
+        str,
+        Parameter(
+            help="Benchmarks, or subsets such as mmlu.anatomy, with commas; default: the card's seven."
+        ),
+    ] = "",
+    profile: Annotated[str, Parameter(help="card-2024-01, card-2024-02 or fixed.")] = "card-2024-02",
+    data: DataArgument = DEFAULT_DATA,
+    chat: Annotated[bool, Parameter(help="As a chat model is asked, not a base model.", negative=())] = False,
+    limit: Annotated[
+        int | None, Parameter(help="At most so many questions of each subset, drawn with --seed.")
+    ] = None,
+    early_stop: Annotated[
+        bool,
+        Parameter(help="End answers that go on after their end: quicker, seldom another score.", negative=()),
+    ] = False,
+    endpoint: Annotated[
+        str | None, Parameter(help="An OpenAI endpoint, such as http://localhost:8000/v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, Parameter(help="Environment variable that holds the key of the endpoint.")
+    ] = None,
+    concurrency: Annotated[int, Parameter(help="Questions to the endpoint at the same time.")] = 8,
+    flags: RunFlags | None = None,
+) -> int:
+    """Evaluate a model, keep every sample in the output folder, and print the table.
+
+    Exit code 1 when questions are left without a verdict; the same command asks them again.
+    """
+    from internlm2.eval.data.folder import DataFolder
+    from internlm2.eval.profile import find_profile
+    from internlm2.eval.questions import RunSettings, choose_questions
+    from internlm2.eval.runner import evaluate
+    from internlm2.eval.table import FinishedRun
+    from internlm2.eval.table import table as as_table
+    from internlm2.eval.tasks import CARD_TASKS
+
+    config = options.resolve(flags)
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or CARD_TASKS
+    settings = RunSettings(names, profile, chat, limit, config.seed or 0, early_stop)
+    parts = choose_questions(DataFolder(data), find_profile(profile), settings)  # before a model is loaded
+    answers = (
+        _engine(model, config)
+        if endpoint is None
+        else _endpoint(endpoint, model, config, key_name=api_key_env, concurrency=concurrency)
+    )
+    results = evaluate(answers, parts, output, settings)
+    print(as_table([FinishedRun.load(output)]))
+    return INCOMPLETE if results.num_errors else 0
+
+
+def show(
+    run: Annotated[Path, Parameter(help="Folder of a run; it need not be finished.")],
+    *,
+    wrong: Annotated[bool, Parameter(help="Only answers that are not right.", negative=())] = False,
+    errors: Annotated[bool, Parameter(help="Only questions without a verdict.", negative=())] = False,
+    task: Annotated[str | None, Parameter(help="Only this task, or TASK.SUBSET.")] = None,
+    limit: Annotated[int | None, Parameter(help="At most so many.")] = None,
+    whole: Annotated[bool, Parameter(help="All of each prompt, not only its end.", negative=())] = False,
+) -> None:
+    """Print samples of a run: prompt, answer, what was read as the answer, and the verdict."""
+    from internlm2.eval.run_folder import read_samples
+    from internlm2.eval.table import sample_text
+
+    num_shown = 0
+    for sample in read_samples(run).values():
+        is_meant = task is None or task in (sample.task, f"{sample.task}.{sample.subset}")
+        is_meant &= not errors or bool(sample.error)
+        is_meant &= not wrong or bool(sample.error) or sample.score < 1
+        if not is_meant or (limit is not None and num_shown >= limit):
+            continue
+        print(sample_text(sample, is_whole=whole) + "\n")
+        num_shown += 1
+    if not num_shown:
+        print("There is no such sample.", file=sys.stderr)
+
+
+def table(
+    *runs: Annotated[Path, Parameter(help="Folders of finished runs.")],
+    markdown: Annotated[bool, Parameter(help="As a Markdown table.", negative=())] = False,
+) -> None:
+    """Print the model card's table for one or more runs, with the published numbers; two runs are also compared."""
+    from internlm2.eval.table import FinishedRun
+    from internlm2.eval.table import table as as_table
+    from internlm2.eval.task import EvalError
+
+    if not runs:
+        raise EvalError("No run is given. Name the folders that `internlm2 eval run` wrote.")
+    print(as_table([FinishedRun.load(folder) for folder in runs], is_markdown=markdown))
+
+
+def _engine(model: str, config: RunConfig) -> "LanguageModel":
+    """A model of our engine, described by all that may change its answers."""
+    from internlm2.checkpoint.resolve import resolve_model
+    from internlm2.eval.backends.engine import EngineModel, fingerprint
+
+    defaults = RunConfig()
+    fixed = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+    _refuse(
+        config,
+        [name for name in fixed if getattr(config, name) != getattr(defaults, name)],
+        "benchmarks fix it",
+    )
+    path = resolve_model(model)
+    llm = options.load_llm(str(path), config)
+    weights = next(llm.model.parameters())
+    facts = {
+        "sha256": fingerprint(path),
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "device": weights.device.type,
+        "max_model_len": str(llm.max_model_len),
+        "kv_dtype": config.kv_dtype,
+        "speculative": config.speculative,
+        "adapter": config.adapter,
+        "adapter_sha256": None if config.adapter is None else fingerprint(Path(config.adapter)),
+        "deterministic": "yes" if config.deterministic else None,
+        "tensor_parallel": str(config.tensor_parallel) if config.tensor_parallel > 1 else None,
+    }
+    settings = {name: fact for name, fact in facts.items() if fact is not None}
+    return EngineModel(llm, name=model, settings=settings, adapter=options.adapter_name(config))
+
+
+def _endpoint(
+    url: str, model: str, config: RunConfig, *, key_name: str | None, concurrency: int
+) -> "LanguageModel":
+    from internlm2.eval.backends.endpoint import EndpointError, EndpointModel
+
+    given = [one.name for one in fields(config) if getattr(config, one.name) != one.default]
+    _refuse(config, [name for name in given if name != "seed"], "an endpoint decides it")
+    key = None if key_name is None else os.environ.get(key_name)
+    if key_name is not None and not key:
+        raise EndpointError(f"The environment variable {key_name} is not set. Put the key of {url} into it.")
+    return EndpointModel(url, model, api_key=key, concurrency=concurrency)
+
+
+def _refuse(config: RunConfig, names: list[str], why: str) -> None:
+    from internlm2.errors import RequestError
+
+    if names:
+        flag = f"--{names[0].replace('_', '-')}"
+        raise RequestError(f"{names[0]} is {getattr(config, names[0])!r}, but {why}. Leave {flag} out.")

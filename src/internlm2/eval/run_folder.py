@@ -1,0 +1,185 @@
+"""The folder of one run: `run.json` says what is run, `samples.jsonl` holds every question that is done.
+
+A sample is on disk as soon as it is judged. A run that was killed is opened again and goes on; a line that was being
+written then is dropped and its question asked again, as are those that failed.
+"""
+
+import fcntl
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from internlm2 import files
+from internlm2.eval.task import EvalError
+
+RUN, SAMPLES, RESULTS = "run.json", "samples.jsonl", "results.json"
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question, its answer and its verdict.
+
+    prompt: as the model was given it, except that `cut_tokens` tokens of its beginning are missing. output: what was
+    written, or the label that was chosen; logprobs: by label (None: no number). error: why there is no verdict; score
+    means nothing then. finish_reason: "length" where the answer was cut. seconds: since the sample before it.
+    """
+
+    key: str
+    task: str
+    subset: str
+    index: int
+    prompt: str
+    gold: str
+    output: str = ""
+    logprobs: Mapping[str, float | None] = field(default_factory=dict)
+    extracted: str = ""
+    score: float = 0.0
+    detail: str = ""
+    error: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    dropped_shots: int = 0
+    cut_tokens: int = 0
+    seconds: float = 0.0
+
+
+def _kind(annotation: object) -> type | tuple[type, ...]:
+    if annotation is float:
+        return (int, float)
+    return annotation if annotation in (str, int) and isinstance(annotation, type) else dict
+
+
+_KINDS = {one.name: _kind(one.type) for one in fields(Sample)}
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object that a run wrote. Raises EvalError when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise EvalError(
+            f"There is no {path}. Give the folder of a run, and let `internlm2 eval run` finish it first."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise EvalError(f"{path} cannot be read: {error}. Remove it and start the run again.") from error
+    if not isinstance(content, dict):
+        raise EvalError(f"{path} holds no JSON object. Remove it and start the run again.")
+    return content
+
+
+def read_samples(folder: Path) -> dict[str, Sample]:
+    """The samples of a run by key, the last one of each. Raises EvalError where there is no run, or it is damaged."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        raise EvalError(f"There is no {path}. Give the folder of a run.")
+    return _parse(path, path.read_bytes())[0]
+
+
+def _parse(path: Path, content: bytes) -> tuple[dict[str, Sample], int]:
+    """The samples, and how many bytes are whole lines."""
+    whole = content[: content.rfind(b"\n") + 1]
+    samples: dict[str, Sample] = {}
+    for n, line in enumerate(whole.splitlines(), 1):  # bytes are split at line breaks only, not at U+2028
+        try:
+            sample = _sample(json.loads(line))
+        except ValueError as error:
+            raise EvalError(f"{path} is damaged at line {n}: {error}. Remove that line.") from error
+        samples[sample.key] = sample
+    return samples, len(whole)
+
+
+def _sample(data: object) -> Sample:
+    # NOTE: by hand, because `config.from_dict` takes a millisecond and there may be 50,000.
+    if not isinstance(data, dict) or set(data) != set(_KINDS):
+        raise ValueError("it does not have the fields of a sample")
+    for name, kind in _KINDS.items():
+        if not isinstance(data[name], kind) or isinstance(data[name], bool):
+            raise ValueError(f"{name} is {data[name]!r:.80}")
+    return Sample(**data)
+
+
+class RunFolder:
+    """A run that is going on; a context manager. Samples may be added from several threads.
+
+    identity: everything that decides about the results, as JSON. Raises EvalError where the folder holds something
+    else, or a run with another identity, or one that another process is working on.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
+        self.path = path
+        with files.writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._check(identity)
+            self._file = (path / SAMPLES).open("r+b" if (path / SAMPLES).exists() else "w+b")
+        try:
+            self._lock_file()
+            self.samples, num_whole_bytes = _parse(path / SAMPLES, self._file.read())
+            self._file.truncate(num_whole_bytes)
+            self._file.seek(num_whole_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+        self._lock = threading.Lock()
+        self._last_seconds = time.monotonic()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, sample: Sample) -> None:
+        """Keep a sample: written and flushed when this returns."""
+        with self._lock, files.writing(self.path / SAMPLES):
+            now = time.monotonic()
+            sample = replace(sample, seconds=round(now - self._last_seconds, 4))
+            self._last_seconds = now
+            line = json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False)
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            self.samples[sample.key] = sample
+
+    def _check(self, identity: Mapping[str, object]) -> None:
+        if not (self.path / RUN).exists():
+            if any(self.path.iterdir()):
+                raise EvalError(f"{self.path} holds something else than a run. Give a new or empty folder.")
+            files.write_text(self.path / RUN, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+            return
+        before = _flat(read_json(self.path / RUN))
+        now = _flat(json.loads(json.dumps(identity)))
+        changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
+        if changed:
+            told = "; ".join(f"{key} was {_say(before, key)} and is {_say(now, key)}" for key in changed[:5])
+            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise EvalError(
+                f"{self.path} holds a run with other settings: {told}{more}. Give another folder for the results, "
+                "or the same settings to go on with that run."
+            )
+
+    def _lock_file(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EvalError(f"Another process is running in {self.path}. Wait for it to end.") from error
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: None stands for it."""
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+def _flat(data: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(data, dict):
+        return {prefix: data}
+    nested = [_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in data.items()]
+    return {key: value for one in nested for key, value in one.items()}
+
+
+def _say(flat: Mapping[str, object], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False)[:80] if key in flat else "not given"
