@@ -219,3 +219,33 @@ class TestReward:
     def test_weights_without_tokenizer_are_refused(self):
         with pytest.raises(internlm2.errors.TokenizerError, match="No tokenizer"):
             RewardScorer(golden_folder("reward"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llm: llm.embed("hello"),
+        lambda llm: llm.score("abc", "xyz"),
+        lambda llm: llm.score(["a", "b"], ["c"]),
+        lambda llm: llm.score(["a"], [[1.5]]),
+        lambda llm: llm.generate([b"abc"]),
+        lambda llm: llm.generate({"a"}),
+        lambda llm: llm.generate([5, 6, 7]),
+        lambda llm: llm.generate([None]),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(llm, call):
+    with pytest.raises(RequestError):
+        call(llm)
+    assert not llm.frontend.engine.has_work
+
+
+def test_prompt_logprobs_come_also_with_a_stop_string(llm):
+    first = llm.generate(["Hello"], SamplingParams(max_tokens=4))[0].text[:2]
+    plain, stopped = (
+        llm.generate(["Hello"], SamplingParams(max_tokens=20, prompt_logprobs=1, stop=stop))[0]
+        for stop in ((), (first,))
+    )
+    assert stopped.finish_reason == "stop"
+    assert stopped.prompt_logprobs == plain.prompt_logprobs
+    assert len(plain.prompt_logprobs) == len(plain.prompt_token_ids) - 1

@@ -44,7 +44,7 @@ REFUSED = [
     ({"max_tokens": 0}, "max_tokens is 0, but must be at least 1."),
     ({"min_tokens": -1}, "min_tokens is -1, but must be from 0 to max_tokens."),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, but must be from 0 to max_tokens."),
-    ({"length_limit": 0}, "length_limit is 0, but must be at least 1."),
+    ({"length_limit": 0}, "length_limit is 0, but must be from 1 to 2147483648."),
     ({"logprobs": -1}, "logprobs is -1, but must be from 0 to 64."),
     ({"logprobs": 65}, "logprobs is 65, but must be from 0 to 64."),
     ({"prompt_logprobs": -1}, "prompt_logprobs is -1, but must be from 0 to 64."),
@@ -143,3 +143,30 @@ def test_a_request_that_asks_for_nothing_is_greedy_and_unchanged():
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p) == (0, 0, 1, 0, 1)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": True},
+        {"logprobs": True},
+        {"length_limit": 2**70},
+        {"stop_token_ids": (1.5,)},
+        {"stop_token_ids": None},
+        {"stop_token_ids": 5},
+        {"stop": None},
+        {"stop": (b"x",)},
+        {"choice": ("a", 5)},
+        {"bad_words": 5},
+        {"logit_bias": None},
+        {"logit_bias": [1]},
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(values):
+    with pytest.raises(RequestError, match=next(iter(values))):
+        SamplingParams(**values)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    params = SamplingParams(max_tokens=np.int64(8), length_limit=np.int32(200), seed=np.int64(3))
+    assert [type(v) for v in (params.max_tokens, params.length_limit, params.seed)] == [int] * 3

@@ -103,6 +103,9 @@ def test_a_lost_process_is_told_and_told_again(chat_folder):
     for _ in range(2):
         with pytest.raises(RequestError, match=r"split over 2 processes.*Load it again"):
             llm.generate(["y"], params)
+    again = LLM(chat_folder, dtype="float32", tensor_parallel=2)  # what the message says
+    assert again.generate(["y"], params)
+    again.close()
     llm.close()
 
 

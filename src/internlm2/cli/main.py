@@ -45,7 +45,9 @@ model_app.command("internlm2.cli.model:export", help="A model to another format:
 app.command(model_app)
 eval_app = App(name="eval", help="Benchmarks as the model card ran them.", help_epilogue="")
 eval_app.command("internlm2.cli.eval:prompt", help="The exact prompt of one benchmark item.")
-eval_app.command("internlm2.cli.eval:data", help="Which benchmark files are needed, there or missing; import them.")
+eval_app.command(
+    "internlm2.cli.eval:data", help="Which benchmark files are needed, there or missing; import them."
+)
 eval_app.command("internlm2.cli.eval:run", help="Evaluate a model, or go on with a run that was begun.")
 eval_app.command("internlm2.cli.eval:show", help="Samples of a run: prompt, answer and verdict.")
 eval_app.command("internlm2.cli.eval:table", help="The model card's table for one or more runs.")

@@ -141,6 +141,10 @@ class Engine:
             if self._drafter is not None:
                 self._drafter.forget(sequence)
 
+    def prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs, ...] | None:
+        """Those of a sequence that is not finished, for who finishes it; None where not asked for."""
+        return _in_order(self._live[sequence.sequence_id])
+
     def step(self) -> list[Update]:
         """Compute the next step. Whatever interrupts it, the sequences can go on afterwards."""
         started = time.perf_counter()

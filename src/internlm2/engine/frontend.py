@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -263,6 +263,7 @@ class Frontend:
             piece = stream.push(update)
             ticket.pieces.append(piece)
             if piece.finish_reason == "stop" and not is_over:  # a stop string
+                update = replace(update, prompt_logprobs=self.engine.prompt_logprobs(update.sequence))
                 self.engine.finish(update.sequence)
                 is_over = True
         if is_over:

@@ -134,8 +134,7 @@ class LLM:
         on_mail: Callable[[], None] | None = None,
     ) -> Job[list[Output]]:
         """As `generate`, without waiting: for callers that wait in their own way, as `AsyncLLM` does."""
-        if isinstance(prompts, str):
-            raise RequestError("prompts is one text, but must be a list. Write [prompt].")
+        _check_list(prompts, "prompts")
         each = self._each(params, len(prompts))
         encoded = [self.encode(prompt) for prompt in prompts]
         tickets = self.frontend.take_all(
@@ -206,6 +205,12 @@ class LLM:
         on_mail: Callable[[], None] | None = None,
     ) -> Job[list[Score]]:
         """As `score`, without waiting."""
+        _check_list(prompts, "prompts")
+        _check_list(continuations, "continuations")
+        if len(prompts) != len(continuations):
+            raise RequestError(
+                f"There are {len(prompts)} prompts and {len(continuations)} continuations. Give one for each."
+            )
         pairs = [self._pair(*pair) for pair in zip(prompts, continuations, strict=True)]
         tickets = self.frontend.take_all(
             self.frontend.submit_task(
@@ -230,6 +235,7 @@ class LLM:
         on_mail: Callable[[], None] | None = None,
     ) -> Job[torch.Tensor]:
         """As `embed`, without waiting."""
+        _check_list(texts, "texts")
         tickets = self.frontend.take_all(
             self.frontend.submit_task(self.encode(text), Task.EMBED, adapter=adapter, on_mail=on_mail)
             for text in texts
@@ -240,7 +246,12 @@ class LLM:
         """Ids of a prompt: text gets BOS, ids stay."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
-        return [index(token) for token in prompt]  # numbers of numpy or torch become plain ones
+        try:
+            if isinstance(prompt, bytes):
+                raise TypeError
+            return [index(token) for token in prompt]  # numbers of numpy or torch become plain ones
+        except TypeError:
+            raise RequestError(f"A prompt is {prompt!r}, but must be a text or a list of ids.") from None
 
     def _pair(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], int]:
         """All ids, and where the continuation begins."""
@@ -251,7 +262,9 @@ class LLM:
         else:
             before = self.encode(prompt)
             after = (
-                self.tokenizer.encode(continuation) if isinstance(continuation, str) else list(continuation)
+                self.tokenizer.encode(continuation)
+                if isinstance(continuation, str)
+                else self.encode(continuation)
             )
             ids, start = [*before, *after], len(before)
         if start == len(ids) or start == 0:
@@ -270,6 +283,13 @@ class LLM:
                 f"There are {len(params)} params for {count} prompts. Give one, or one for each."
             )
         return params
+
+
+def _check_list(values: object, name: str) -> None:
+    if isinstance(values, (str, bytes)):
+        raise RequestError(f"{name} is one text, but must be a list. Write [text].")
+    if not isinstance(values, Sequence):
+        raise RequestError(f"{name} is a {type(values).__name__}, but must be a list.")
 
 
 def _stack(tickets: list[Ticket]) -> torch.Tensor:

@@ -53,7 +53,8 @@ class Workers:
 
     def __init__(self, path: str, *, size: int, dtype: str, device: str, rope_mode: RopeMode) -> None:
         devices = _devices(device, size)
-        num_threads = max(torch.get_num_threads() // size, 1)
+        self._threads_before = torch.get_num_threads()
+        num_threads = max(self._threads_before // size, 1)
         settings = WorkerSettings(
             path=path,
             rank=0,
@@ -109,6 +110,7 @@ class Workers:
     def kill(self) -> None:
         """End the processes and the group, whatever they are doing."""
         self.group.leave()
+        torch.set_num_threads(self._threads_before)
         for process in self._processes:
             process.kill()
             process.wait()

@@ -62,6 +62,7 @@ class Leader:
                 f"A model that is split over {self.group.size} processes failed and cannot go on ({error}). Load it "
                 "again."
             )
+            self.group.leave()  # so that the model can be loaded again in this process
             raise self._error from error
 
     def close(self) -> None:

@@ -1,12 +1,13 @@
 """What a request may ask for: one frozen set of values, checked where it is made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from internlm2.errors import RequestError, check
 
 MAX_SAMPLES = 256
+MAX_LENGTH = 1 << 31
 MAX_LOGPROBS = 64
 _WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "priority")
 _WHOLE_OR_NONE = ("seed", "logprobs", "prompt_logprobs", "length_limit")
@@ -76,10 +77,13 @@ class SamplingParams:
 
     def _check_kinds(self) -> None:
         for name in _WHOLE:
-            check(isinstance(getattr(self, name), Integral), name, getattr(self, name), "a whole number")
+            check(_is_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
         for name in _WHOLE_OR_NONE:
             value = getattr(self, name)
-            check(value is None or isinstance(value, Integral), name, value, "a whole number or None")
+            check(value is None or _is_whole(value), name, value, "a whole number or None")
+        for name in (*_WHOLE, *_WHOLE_OR_NONE):  # numbers of numpy and torch become plain ones
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
         for name in _NUMBERS:
             check(_is_number(getattr(self, name)), name, getattr(self, name), "a number")
 
@@ -87,7 +91,7 @@ class SamplingParams:
         check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "from 0 to max_tokens")
         limit = self.length_limit
-        check(limit is None or limit >= 1, "length_limit", limit, "at least 1")
+        check(limit is None or 1 <= limit <= MAX_LENGTH, "length_limit", limit, f"from 1 to {MAX_LENGTH}")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"from 0 to {MAX_LOGPROBS}")
 
@@ -110,6 +114,7 @@ class SamplingParams:
         check(0.01 <= penalty <= 100, "repetition_penalty", penalty, "from 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2")
+        check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "a dict of id -> number")
         for token, bias in self.logit_bias.items():
             check(_is_id(token), "An id in logit_bias", token, "a whole number from 0 on")
             check(_is_number(bias), f"logit_bias of {token}", bias, "a number")
@@ -122,7 +127,10 @@ class SamplingParams:
         for name in ("stop", "bad_words", "choice"):
             texts = getattr(self, name)
             check(not isinstance(texts, str), name, texts, "a tuple of texts, not one text")
-            check(all(texts), name, texts, "texts of at least one character")
+            is_good = isinstance(texts, Iterable) and all(isinstance(text, str) and text for text in texts)
+            check(is_good, name, texts, "texts of at least one character")
+        is_good = isinstance(self.stop_token_ids, Iterable) and all(map(_is_id, self.stop_token_ids))
+        check(is_good, "stop_token_ids", self.stop_token_ids, "ids, each a whole number from 0 on")
         forms = [name for name in ("json_schema", "regex") if getattr(self, name) is not None]
         forms += ["choice"] if self.choice else []
         if len(forms) > 1:
@@ -137,3 +145,7 @@ def _is_id(token: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
