@@ -1,5 +1,8 @@
 """Ten minutes of mixed company: nothing leaks, and every finished answer is the one a lone run gives.
 
+The logits of a random model are so flat that now and then two tokens are equal to rounding (1e-7), and a swap of two
+ranks is another token. Such an answer must be one that the plain network gives when its logits move by that much.
+
 Run: pytest -m slow tests/engine/test_soak.py. INTERNLM2_SOAK_SECONDS sets another length.
 """
 
@@ -12,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from internlm2 import LLM, SamplingParams
 from internlm2.engine.build import GIB, PAGE_SIZE
+from internlm2.engine.sampling.sampler import SamplingState, sample
 
 NUM_REQUESTS, NUM_THREADS = 2000, 8
 SECONDS = float(os.environ.get("INTERNLM2_SOAK_SECONDS", "600"))
 LONGEST = 400
 MIB = 2**20
+ROUNDING, NUM_TRIES = 1e-6, 40
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,34 @@ def check_empty(llm: LLM) -> None:
     assert not llm.frontend._inbox
 
 
+@torch.no_grad()
+def is_right(llm: LLM, request: Request, tokens: list[int]) -> bool:
+    """Whether each token is what one dense pass over the whole answer chooses there, up to rounding."""
+    ids = [*request.prompt, *tokens]
+    logits = llm.model(torch.tensor([ids]), length_limits=torch.tensor([LONGEST]))[0]
+    stop_ids = frozenset() if request.params.ignore_eos else llm.tokenizer.stop_ids
+
+    def state(num_known: int) -> SamplingState:
+        made = SamplingState(
+            request.params,
+            list(request.prompt),
+            vocab_size=llm.tokenizer.vocab_size,
+            stop_ids=stop_ids,
+            seed=request.params.seed,
+        )
+        for token in tokens[:num_known]:
+            made.push(token)
+        return made
+
+    for index, token in enumerate(tokens):
+        row = logits[len(request.prompt) - 1 + index]
+        noise = torch.randn(NUM_TRIES, len(row), generator=torch.Generator().manual_seed(index)) * ROUNDING
+        noise[0] = 0.0
+        if not any(sample((row + n)[None], [state(index)]).token_ids[0] == token for n in noise):
+            return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def requests():
     return make_requests(random.Random(5))
@@ -138,19 +172,24 @@ def test_ten_minutes_leak_nothing_and_change_no_answer(chat_folder, requests, ex
         host_memory_gib=num_pages * page_bytes / GIB,
         speculative=speculative,
     )
-    started, num_rounds, after_first = time.monotonic(), 0, 0
+    started, num_rounds, num_ties, after_first = time.monotonic(), 0, 0, 0
     while time.monotonic() - started < SECONDS / 2 or num_rounds < 2:
         order = requests[:]
         random.Random(num_rounds).shuffle(order)
         found = serve(llm, order)
         for request, tokens in zip(order, found, strict=True):
-            assert request.num_pieces is not None or tokens == expected[request.number]
+            if request.num_pieces is None and tokens != expected[request.number]:
+                num_ties += 1
+                assert is_right(llm, request, tokens), f"request {request.number}: {tokens}"
         check_empty(llm)
         num_rounds += 1
         print(f"round {num_rounds} after {time.monotonic() - started:.0f} s", flush=True)
         if num_rounds == 1:
             after_first = resident_bytes()
     grown = resident_bytes() - after_first
-    print(f"{num_rounds} rounds, {llm.stats.num_preemptions} preemptions, {grown / MIB:.1f} MiB grown")
+    print(
+        f"{num_rounds} rounds, {num_ties} answers differ by rounding, {llm.stats.num_preemptions} preemptions, {grown / MIB:.1f} MiB grown"
+    )
     assert llm.stats.num_preemptions > 0
+    assert num_ties <= num_rounds * len(expected) // 100
     assert grown < 16 * MIB
