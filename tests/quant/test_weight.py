@@ -97,5 +97,5 @@ def test_groups_leave_no_rest_where_possible() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(RequestError, match="weights is 'int3', but must be one of bfloat16, int8, int4"):
+    with pytest.raises(RequestError, match="quantization is 'int3', but must be one of bfloat16, int8, int4"):
         parse_format("int3")
