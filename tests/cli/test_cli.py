@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import COMMAND, refuse, run
 
 from folders import write_adapter, write_chat_folder
 from goldens import golden_folder
@@ -19,28 +20,10 @@ from internlm2.cli import main as cli
 from internlm2.cli.options import RunFlags, resolve
 from internlm2.errors import ConfigError
 
-COMMAND = [sys.executable, "-m", "internlm2"]
 ALL_COMMANDS = [
     [], ["chat"], ["generate"], ["bench"], ["doctor"], ["model"], ["model", "download"], ["model", "info"],
     ["model", "convert"], ["model", "export"], ["eval"], ["eval", "prompt"], ["eval", "data"],
 ]  # fmt: skip
-
-
-def run(*arguments: object, stdin: str | None = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-def refuse(message: str, *arguments: object, **options: str) -> None:
-    done = run(*arguments, **options)
-    # cyclopts breaks lines inside a box; undo that before looking for the message
-    text = " ".join(done.stderr.replace("│", " ").split())
-    assert done.returncode == 2, done.stderr
-    assert message in text
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("words", ALL_COMMANDS, ids=" ".join)

@@ -138,9 +138,7 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         )
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, dtype = config.device, config.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = device_of(config), config.dtype
     if dtype == "auto":
         # NOTE: without AVX512-BF16 or AMX, torch converts bfloat16 on the fly and float32 is faster.
         is_old_cpu = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
@@ -158,6 +156,15 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         tensor_parallel=config.tensor_parallel,
         quantization=config.quantization,
     )
+
+
+def device_of(config: RunConfig) -> str:
+    """The device that was asked for; for auto, a GPU when there is one."""
+    import torch
+
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def adapter_name(config: RunConfig) -> str | None:

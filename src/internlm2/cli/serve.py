@@ -176,8 +176,7 @@ def _load(model: str, config: ServeConfig) -> "LLM | RewardScorer":
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-    device = "cpu" if device == "auto" else device
+    device = options.device_of(config)
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
     return RewardScorer(model, dtype=dtype, device=device, tensor_parallel=config.tensor_parallel)

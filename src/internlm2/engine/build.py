@@ -12,7 +12,12 @@ import torch
 from internlm2.checkpoint import memory
 from internlm2.checkpoint.load import load_checkpoint, require_head
 from internlm2.checkpoint.open import open_checkpoint
-from internlm2.checkpoint.plan import context_limit, kv_bytes_per_token
+from internlm2.checkpoint.plan import (
+    PAGE_TOKENS,
+    PREFILL_CHUNK_TOKENS,
+    context_limit,
+    kv_bytes_per_token,
+)
 from internlm2.checkpoint.resolve import resolve_model
 from internlm2.checkpoint.source import Checkpoint, dtype_name, expected_shapes
 from internlm2.engine.admission import Admission
@@ -40,7 +45,7 @@ from internlm2.quant.linear import quantize_model
 from internlm2.quant.weight import parse_format
 from internlm2.tokenizer import Tokenizer
 
-PAGE_SIZE = 16
+PAGE_SIZE = PAGE_TOKENS  # as the memory plan counts
 GIB = memory.GIB
 DEFAULT_GIB = 4.0  # keys and values, unless one sequence of the longest length needs more
 SAFE_SHARE = 0.7  # of the memory that is left, at most, when nobody says how much
@@ -61,7 +66,7 @@ class EngineOptions:
     memory_gib: float | None = None
     host_memory_gib: float = 0.0
     max_num_seqs: int = 64
-    chunk_tokens: int = 512
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS
     prefix_cache: bool = True
     deterministic: bool = False
     adapters: Mapping[str, str | Path] | None = None

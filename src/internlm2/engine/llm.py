@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from internlm2.checkpoint.load import require_head
+from internlm2.checkpoint.plan import PREFILL_CHUNK_TOKENS
 from internlm2.engine.build import EngineOptions, load
 from internlm2.engine.core import Stats
 from internlm2.engine.frontend import Job, Ticket
@@ -65,7 +66,7 @@ class LLM:
         memory_gib: float | None = None,
         host_memory_gib: float = 0.0,
         max_num_seqs: int = 64,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         prefix_cache: bool = True,
         deterministic: bool = False,
         adapters: Mapping[str, str | Path] | None = None,

@@ -28,7 +28,7 @@ _SYSTEM_PATHS = (
     "/usr/local/lib", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf",
     "/etc/alternatives", "/etc/localtime", "/etc/fonts", "/nix/store",
 )  # fmt: skip
-# The far side is started without running our own package's __init__ files: a stub package that only has a path.
+# The far side is started without running our own package's __init__ files: packages that have a path and nothing else.
 _START = """
 import sys
 for name, path in (("internlm2", sys.argv[5]), ("internlm2.sandbox", sys.argv[5] + "/sandbox")):
