@@ -24,6 +24,7 @@ def llm(chat_folder):
 def _nothing_stays(llm):
     yield
     gc.collect()
+    llm.frontend.settle()
     assert not llm.frontend.engine.has_work
     assert not llm.frontend._streams
     assert_free(llm)
@@ -188,16 +189,11 @@ def test_a_failing_step_reaches_every_open_request_and_the_next_one_works(llm, m
     assert len(go(llm, ask)) == 1
 
 
-def test_close_ends_the_thread_and_tells_whoever_waits(llm):
-    def threads() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name == "internlm2-engine"]
-
+def test_close_tells_whoever_waits(llm):
     async def main():
         twin = AsyncLLM.of(llm)
-        assert threads() == []  # nothing asked yet
         task = asyncio.create_task(joined(twin.stream("Hello", LONG)))
         await asyncio.sleep(0)
-        assert len(threads()) == 1
         await twin.close()
         with pytest.raises(RequestError, match="AsyncLLM was closed before the answer was complete"):
             await task
@@ -208,8 +204,23 @@ def test_close_ends_the_thread_and_tells_whoever_waits(llm):
             await twin.generate(["Hello"])
 
     asyncio.run(main())
-    assert threads() == []
     assert llm.generate([[1, 70]], SamplingParams(max_tokens=2))  # of `of`: lives on
+
+
+def test_a_model_of_its_own_is_closed_with_it(chat_folder):
+    async def main():
+        async with AsyncLLM(chat_folder, dtype="float32") as twin:
+            await twin.generate([[1, 70]], SamplingParams(max_tokens=2))
+            return twin.llm
+
+    own = asyncio.run(main())
+    with pytest.raises(RequestError, match="This model was closed"):
+        own.generate([[1, 70]])
+
+
+def test_outside_a_loop_it_says_what_to_do(llm):
+    with pytest.raises(RequestError, match="Call it inside `async def`, or use LLM elsewhere"):
+        AsyncLLM.of(llm).stream("Hello")
 
 
 def test_an_idle_thread_takes_no_steps_and_no_time(llm):

@@ -99,5 +99,6 @@ def test_leaving_a_stream_early_frees_everything(llm):
     next(stream)
     assert llm.frontend.engine.has_work
     stream.close()
+    llm.frontend.settle()
     assert not llm.frontend.engine.has_work
     assert llm.frontend.engine.scheduler.pool.num_held == 0

@@ -33,7 +33,9 @@ def answer(llm, adapter=None):
 
 def test_requests_with_different_adapters_share_a_batch(llm):
     expected = [answer(llm, name) for name in ("poet", "lawyer", None)]
-    tickets = [llm.frontend.submit(PROMPT, PARAMS, adapter=name) for name in ("poet", "lawyer", None)]
+    tickets = llm.frontend.submit(
+        llm.frontend.prepare(PROMPT, PARAMS, adapter=name) for name in ("poet", "lawyer", None)
+    )
     llm.frontend.wait(tickets)
     for ticket, (ids, logprobs) in zip(tickets, expected, strict=True):
         assert [token for piece in ticket.pieces for token in piece.token_ids] == ids
@@ -59,13 +61,15 @@ def test_an_adapter_that_is_in_use_is_not_removed(llm):
 
 def test_a_request_that_waits_or_is_refused_or_aborted_counts_as_long_as_it_is_open(llm):
     varied = SamplingParams(max_tokens=4, n=3, temperature=1.0)
-    ticket = llm.frontend.submit(PROMPT, varied, adapter="poet")  # nobody has taken a step yet
+    ticket = llm.frontend.prepare(PROMPT, varied, adapter="poet")  # not in the engine yet
     with pytest.raises(RequestError, match=r"requests use it \(3 open\)"):
         llm.adapters.remove("poet")
     with pytest.raises(RequestError, match="The prompt is empty"):
         llm.generate([PROMPT, []], PARAMS, adapter="lawyer")
+    llm.frontend.settle()
     llm.adapters.remove("lawyer")
     llm.frontend.abort(ticket)
+    llm.frontend.settle()
     llm.adapters.remove("poet")
     assert not llm.frontend._streams
 
@@ -79,12 +83,12 @@ def test_an_adapter_removed_while_a_request_is_admitted_refuses_that_request_alo
         llm.adapters.remove("poet")
         return admitted
 
-    other = llm.frontend.submit(PROMPT, PARAMS, adapter="lawyer")
+    others = llm.frontend.submit([llm.frontend.prepare(PROMPT, PARAMS, adapter="lawyer")])
     with monkeypatch.context() as patch:
         patch.setattr(llm.frontend._admission, "generation", removing)
         with pytest.raises(RequestError, match="There is no adapter called 'poet'"):
-            llm.frontend.submit(PROMPT, PARAMS, adapter="poet")
-    llm.frontend.wait([other])
+            llm.frontend.submit([llm.frontend.prepare(PROMPT, PARAMS, adapter="poet")])
+    llm.frontend.wait(others)
     assert not llm.frontend._streams
 
 

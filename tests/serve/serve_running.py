@@ -67,6 +67,7 @@ def assert_idle(service: Service) -> None:
     """No request is open, no page is held."""
     engine = service.frontend.engine
     wait_for(lambda: service.gate.num_open == 0 and not engine.has_work, 20)
+    service.frontend.settle()
     assert not service.frontend._streams
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.num_held == 0

@@ -6,7 +6,7 @@ import re
 import httpx2
 import openai
 import pytest
-from serve_running import DEFAULTS, running
+from serve_running import DEFAULTS, running, wait_for
 
 from internlm2.errors import ConfigError
 from internlm2.serve.app import create_app
@@ -135,6 +135,7 @@ def test_the_log_tells_who_and_how_much_but_not_what(locked, caplog):
     server, key = locked
     with caplog.at_level(logging.INFO, logger="internlm2"):
         got = server.client(api_key=key).chat.completions.create(model="tiny", messages=MESSAGES)
+        wait_for(lambda: any(r.name == "internlm2.serve.guard" for r in caplog.records))
     (line,) = [r.getMessage() for r in caplog.records if r.name == "internlm2.serve.guard"]
     assert re.match(
         r"POST /v1/chat/completions 200 \d+\.\d{3} s key=ann in=\d+ out=16 id=[0-9a-f]{24}$", line
@@ -146,8 +147,8 @@ def test_the_log_tells_who_and_how_much_but_not_what(locked, caplog):
 
 def test_prompts_are_logged_where_asked_for(tiny_llm, caplog):
     with (
-        running(tiny_llm, logs_prompts=True, defaults=DEFAULTS) as server,
         caplog.at_level(logging.INFO, logger="internlm2"),
+        running(tiny_llm, logs_prompts=True, defaults=DEFAULTS) as server,
     ):
         stream = server.client().chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
         text = "".join(c.choices[0].delta.content or "" for c in stream)

@@ -262,14 +262,14 @@ def test_the_end_of_a_request_lets_everything_go_that_it_held(slow):
 
 
 def test_a_schema_that_takes_long_does_not_hold_up_others(tiny, tiny_llm, monkeypatch):
-    real = tiny_llm.frontend.submit
+    real = tiny_llm.frontend.prepare
 
-    def submit(ids, params, **options):
+    def prepare(ids, params, **options):
         if params.json_schema is not None:
             time.sleep(1.0)
         return real(ids, params, **options)
 
-    monkeypatch.setattr(tiny_llm.frontend, "submit", submit)
+    monkeypatch.setattr(tiny_llm.frontend, "prepare", prepare)
     client = tiny.client()
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", "b"]}}}
     thread = threading.Thread(
@@ -286,13 +286,13 @@ def test_a_schema_that_takes_long_does_not_hold_up_others(tiny, tiny_llm, monkey
 
 
 def test_a_client_that_leaves_while_its_schema_is_compiled_leaves_nothing(tiny, tiny_llm, monkeypatch):
-    real = tiny_llm.frontend.submit
+    real = tiny_llm.frontend.prepare
 
-    def submit(ids, params, **options):
+    def prepare(ids, params, **options):
         time.sleep(0.6)
         return real(ids, params, **options)
 
-    monkeypatch.setattr(tiny_llm.frontend, "submit", submit)
+    monkeypatch.setattr(tiny_llm.frontend, "prepare", prepare)
     with pytest.raises(httpx2.ReadTimeout):
         httpx2.post(f"{tiny.url}/v1/completions", json={"prompt": "x", "max_tokens": 300}, timeout=0.2)
     time.sleep(0.8)

@@ -131,7 +131,8 @@ class Admission:
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         check_ids("stop_token_ids", params.stop_token_ids, vocab_size=self._vocab_size)
-        own = frozenset() if params.ignore_eos else self._tokenizer.stop_ids
+        goes_on = params.ignore_eos and not params.has_form
+        own = frozenset() if goes_on else self._tokenizer.stop_ids
         return own | frozenset(params.stop_token_ids)
 
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
@@ -143,7 +144,7 @@ class Admission:
         return list(words)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
-        if params.json_schema is None and params.regex is None and not params.choice:
+        if not params.has_form:
             return None
         return self._grammars.compile(
             json_schema=params.json_schema, regex=params.regex, choice=params.choice

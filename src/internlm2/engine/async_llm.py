@@ -1,24 +1,21 @@
-"""The asyncio twin of `LLM`: the same answers, awaited. One thread steps the engine for all coroutines.
+"""The asyncio twin of `LLM`: the same answers, awaited.
 
-The thread sleeps while there is nothing to do. Synchronous calls to the same LLM from other threads go on beside it;
-whoever holds the engine serves everybody.
+The engine's thread computes for all coroutines, and for synchronous callers in other threads beside them.
 """
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 
-from internlm2.engine.frontend import Frontend, Job, Ticket
+from internlm2.engine.frontend import Ticket
 from internlm2.engine.llm import LLM, Message, Prompt
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.sampling.sampler import TokenLogprobs
 from internlm2.engine.text import Output, Piece, Score
-from internlm2.errors import RequestError
+from internlm2.engine.waiters import Waiter, Waiters
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -45,18 +42,19 @@ class AsyncLLM:
 
     @_like_llm(LLM.__init__)
     def __init__(self, *args: object, **options: object) -> None:
-        self._wrap(LLM(*args, **options))  # pyrefly: ignore - `_like_llm` has checked them
+        self._wrap(LLM(*args, **options), is_own=True)  # pyrefly: ignore - `_like_llm` has checked them
 
     @classmethod
     def of(cls, llm: LLM) -> Self:
         """Around a model that is loaded already. Closing leaves `llm` in working order."""
         self = cls.__new__(cls)
-        self._wrap(llm)
+        self._wrap(llm, is_own=False)
         return self
 
-    def _wrap(self, llm: LLM) -> None:
+    def _wrap(self, llm: LLM, *, is_own: bool) -> None:
         self.llm = llm
-        self._driver = _Driver(llm.frontend)
+        self._is_own = is_own
+        self._waiters = Waiters(llm.frontend)
 
     # -- answers ------------------------------------------------------------------------------------------
 
@@ -68,7 +66,7 @@ class AsyncLLM:
         adapter: str | None = None,
     ) -> list[Output]:
         """Complete prompts together; as `LLM.generate`."""
-        return await self._driver.run(
+        return await self._waiters.run(
             lambda on_mail: self.llm.begin_generate(prompts, params, adapter=adapter, on_mail=on_mail)
         )
 
@@ -91,25 +89,23 @@ class AsyncLLM:
 
         Raises RequestError at once, before the first piece is asked for.
         """
-        ids = self.llm.encode(prompt)
-        submit = self.llm.frontend.submit
-        waiter = self._driver.open(
-            lambda on_mail: [submit(ids, params or SamplingParams(), adapter=adapter, on_mail=on_mail)]
+        return PieceStream(
+            self._waiters, self._waiters.open(lambda on_mail: self._begin(prompt, params, adapter, on_mail))
         )
-        return PieceStream(self._driver, waiter)
 
     async def open_stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> "PieceStream":
         """As `stream`, prepared in another thread: a large text or schema does not hold up the event loop."""
+        waiter = await self._waiters.open_in_thread(
+            lambda on_mail: self._begin(prompt, params, adapter, on_mail)
+        )
+        return PieceStream(self._waiters, waiter)
 
-        def submit(on_mail: Callable[[], None]) -> list[Ticket]:
-            ids = self.llm.encode(prompt)
-            return [
-                self.llm.frontend.submit(ids, params or SamplingParams(), adapter=adapter, on_mail=on_mail)
-            ]
-
-        return PieceStream(self._driver, await self._driver.open_in_thread(submit))
+    def _begin(
+        self, prompt: Prompt, params: SamplingParams | None, adapter: str | None, on_mail: Callable[[], None]
+    ) -> list[Ticket]:
+        return [self.llm.begin_stream(prompt, params, adapter=adapter, on_mail=on_mail)]
 
     def stream_chat(
         self,
@@ -126,24 +122,25 @@ class AsyncLLM:
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, adapter: str | None = None
     ) -> list[Score]:
         """Log-likelihood of each continuation after its prompt; as `LLM.score`."""
-        return await self._driver.run(
+        return await self._waiters.run(
             lambda on_mail: self.llm.begin_score(prompts, continuations, adapter=adapter, on_mail=on_mail)
         )
 
     async def embed(self, texts: Sequence[Prompt], *, adapter: str | None = None) -> torch.Tensor:
         """The mean of the last hidden states of each text, (texts, C) float32; as `LLM.embed`."""
-        return await self._driver.run(
+        return await self._waiters.run(
             lambda on_mail: self.llm.begin_embed(texts, adapter=adapter, on_mail=on_mail)
         )
 
     # -- the end ------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """End the thread; requests that are open raise RequestError. May be called twice.
+        """End it; requests that are open raise RequestError. May be called twice.
 
-        Without it the thread, and with it the model, stay until the program ends.
+        The model is closed with it, unless it was given to `of`.
         """
-        await asyncio.to_thread(self._driver.close)
+        self._waiters.close()
+        await asyncio.to_thread(self.llm.close if self._is_own else self.llm.frontend.settle)
 
     async def __aenter__(self) -> Self:
         return self
@@ -157,8 +154,8 @@ class AsyncLLM:
 class PieceStream:
     """The pieces of one request, for `async for`. Dropping it, or `await aclose()`, lets the request go."""
 
-    def __init__(self, driver: "_Driver", waiter: "_Waiter") -> None:
-        self._driver = driver
+    def __init__(self, waiters: Waiters, waiter: Waiter) -> None:
+        self._waiters = waiters
         self._waiter = waiter
         self._is_over = False
 
@@ -177,8 +174,7 @@ class PieceStream:
                 if is_done:
                     break
                 await self._waiter.wait()
-            if ticket.error is not None:
-                raise ticket.error
+            ticket.raise_error()
         except BaseException:
             self._let_go()
             raise
@@ -206,143 +202,4 @@ class PieceStream:
     def _let_go(self) -> None:
         if not self._is_over:
             self._is_over = True
-            self._driver.let_go(self._waiter)
-
-
-class _Waiter:
-    """The requests of one coroutine, and how its event loop is woken from the thread that steps."""
-
-    def __init__(self) -> None:
-        self.tickets: list[Ticket] = []
-        self._loop = asyncio.get_running_loop()
-        self._mail = asyncio.Event()
-        self._failure: BaseException | None = None
-        self._trace: TracebackType | None = None
-
-    async def wait(self) -> None:
-        """Until something has come. Raises what ended the requests from outside."""
-        await self._mail.wait()
-        self._mail.clear()
-        if self._failure is not None:
-            raise self._failure.with_traceback(self._trace)  # one exception, raised in many places
-
-    def wake(self) -> None:
-        """From any thread. A loop that is closed has nobody left to wake."""
-        try:
-            self._loop.call_soon_threadsafe(self._mail.set)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
-
-    def fail(self, error: BaseException) -> None:
-        """End the wait with an exception."""
-        self._failure, self._trace = error, error.__traceback__
-        self.wake()
-
-
-class _Driver:
-    """The thread that steps, and who waits for it. It begins with the first request."""
-
-    def __init__(self, frontend: Frontend) -> None:
-        self._frontend = frontend
-        # NOTE: not an Event: `let_go` may run inside a garbage collection, where only this may be touched again.
-        self._calls: SimpleQueue[None] = SimpleQueue()
-        self._waiters: set[_Waiter] = set()
-        self._thread: threading.Thread | None = None
-        self._is_closed = False
-        self._lock = threading.Lock()  # beginning and end of the thread
-
-    def open(self, submit: Callable[[Callable[[], None]], list[Ticket]]) -> _Waiter:
-        """Queue requests for the running coroutine. Raises what `submit` raises."""
-        waiter = self._begin()
-        waiter.tickets = submit(waiter.wake)
-        return self._enter(waiter)
-
-    async def open_in_thread(self, submit: Callable[[Callable[[], None]], list[Ticket]]) -> _Waiter:
-        """As `open`, but `submit` runs in another thread."""
-        waiter = self._begin()
-        task = asyncio.create_task(asyncio.to_thread(submit, waiter.wake))
-        try:
-            waiter.tickets = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._forget)  # the thread cannot be stopped; what it brings is let go
-            raise
-        return self._enter(waiter)
-
-    def _begin(self) -> _Waiter:
-        waiter = _Waiter()
-        with self._lock:
-            if self._is_closed:
-                raise RequestError("This AsyncLLM is closed. Make a new one; AsyncLLM.of(llm) is cheap.")
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._drive, name="internlm2-engine", daemon=True)
-                self._thread.start()
-        return waiter
-
-    def _enter(self, waiter: _Waiter) -> _Waiter:
-        self._waiters.add(waiter)
-        self._calls.put(None)
-        if self._is_closed:  # meanwhile, by another thread
-            waiter.fail(_closed())
-        return waiter
-
-    def _forget(self, task: "asyncio.Task[list[Ticket]]") -> None:
-        if not task.cancelled() and task.exception() is None:
-            for ticket in task.result():
-                self._frontend.abort(ticket)
-            self._calls.put(None)
-
-    async def run(self, begin: Callable[[Callable[[], None]], Job[T]]) -> T:
-        """Begin a job, wait for all its requests, and read the result."""
-        jobs: list[Job[T]] = []
-
-        def submit(on_mail: Callable[[], None]) -> list[Ticket]:
-            jobs.append(begin(on_mail))
-            return jobs[0].tickets
-
-        waiter = self.open(submit)
-        try:
-            for ticket in waiter.tickets:
-                while not ticket.is_done:
-                    await waiter.wait()
-                if ticket.error is not None:
-                    raise ticket.error
-        finally:
-            self.let_go(waiter)
-        return jobs[0].read()
-
-    def let_go(self, waiter: _Waiter) -> None:
-        """Forget requests, finished or not. Safe anywhere, `__del__` included."""
-        self._waiters.discard(waiter)
-        for ticket in waiter.tickets:
-            self._frontend.abort(ticket)
-        self._calls.put(None)  # somebody may be in a step: then it takes another one to notice
-
-    def close(self) -> None:
-        """End the thread and all waiting. Blocks until the current step is over."""
-        with self._lock:
-            self._is_closed = True
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            self._calls.put(None)
-            thread.join()
-        self._fail(_closed())
-
-    def _drive(self) -> None:
-        while not self._is_closed:
-            self._calls.get()
-            try:
-                while not self._is_closed and self._frontend.step():
-                    pass
-            except BaseException as error:
-                # To all who wait here. Synchronous callers go on stepping, and meet it themselves if it comes again.
-                self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        for waiter in tuple(self._waiters):
-            waiter.fail(error)
-            self.let_go(waiter)
-
-
-def _closed() -> RequestError:
-    return RequestError("AsyncLLM was closed before the answer was complete. Await answers before closing.")
+            self._waiters.let_go(self._waiter)

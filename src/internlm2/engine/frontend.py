@@ -1,44 +1,59 @@
-"""Requests of many callers and threads over one engine: tickets, and who steps when.
+"""Requests of many callers and threads over one engine: tickets, and what comes for them.
 
-Whoever waits for an answer drives the engine, one thread at a time, and hands every caller what a step brought. A
-caller that leaves early aborts its request; nothing it held stays behind.
+One thread computes (`engine_thread.py`); callers wait for mail. A caller that leaves early, by Ctrl-C too, lets its
+request go; nothing it held stays behind, and nobody else notices.
 """
 
-import threading
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import torch
 
 from internlm2.engine.admission import Admission
 from internlm2.engine.core import Engine, Update
+from internlm2.engine.engine_thread import EngineThread
 from internlm2.engine.sampling.params import SamplingParams
+from internlm2.engine.sampling.sampler import SamplingState
 from internlm2.engine.schedule.request import Sequence as Request
 from internlm2.engine.schedule.request import Task
 from internlm2.engine.text import Piece, TextStream
-from internlm2.errors import InternLM2Error
+from internlm2.errors import RequestError
 from internlm2.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-_WAIT_SECONDS = 0.05  # how long a caller sleeps while another one steps
+_PROGRESS_SECONDS = 0.1  # how often a caller that wants to know looks how far its prompt is
+
+_CLOSED = "This model was closed. Load it again."
 
 
 class Ticket:
     """What a caller holds for its request: the sequences, and the mail that has come for them.
 
-    on_mail: called, in the thread that steps, whenever something has come.
+    on_mail: called in the thread of the engine when the ticket is done, and for a stream whenever pieces have come.
+    Without it, `wait` waits.
     """
 
-    def __init__(self, requests: list[Request], on_mail: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, requests: list[Request], on_mail: Callable[[], None] | None = None, *, is_stream: bool = False
+    ) -> None:
         self.requests = requests
         self.pieces: deque[Piece] = deque()
         self.last_updates: list[Update] = []  # the finishing update of each sequence
-        self.error: InternLM2Error | None = None
-        self.has_mail = threading.Event()
+        self.error: BaseException | None = None
+        self._trace: TracebackType | None = None
+        # NOTE: not an Event: Ctrl-C inside Event.wait can leave its lock in a state that another thread stumbles over.
+        self._mail: SimpleQueue[None] = SimpleQueue()
+        self.additions: deque[Callable[[], None]] = deque()  # what gives the sequences to the engine
         self._on_mail = on_mail
+        self._is_stream = is_stream
         self._num_open = len(requests)
 
     @property
@@ -46,17 +61,38 @@ class Ticket:
         """Whether nothing more will come."""
         return self._num_open == 0
 
+    def wait(self, seconds: float | None = None) -> None:
+        """Sleep until there is mail, or for so long. Look first: mail that was read already does not wake again."""
+        try:
+            self._mail.get(timeout=seconds)
+        except Empty:
+            return
+
     def close_one(self, update: Update) -> None:
         """Note that one of the sequences is finished."""
         self.last_updates.append(update)
         self.error = self.error or update.error
         self._num_open -= 1
 
+    def fail(self, error: BaseException) -> None:
+        """End all of it with an exception."""
+        if not self.is_done:
+            self.error, self._trace, self._num_open = error, error.__traceback__, 0
+            self.notify()
+
     def notify(self) -> None:
-        """Wake whoever waits."""
-        self.has_mail.set()
+        """Wake whoever waits, if there is something for them."""
+        if not self.is_done and not self._is_stream:
+            return
         if self._on_mail is not None:
             self._on_mail()
+        elif self._mail.empty():
+            self._mail.put(None)
+
+    def raise_error(self) -> None:
+        """Raise what ended it badly, if anything did."""
+        if self.error is not None:
+            raise self.error.with_traceback(self._trace)  # one exception may be raised in many places
 
 
 @dataclass(frozen=True)
@@ -67,6 +103,61 @@ class Job(Generic[T]):
     read: Callable[[], T]
 
 
+class Pieces:
+    """The pieces of one request, as they come. Leaving the loop, closing or dropping it lets the request go.
+
+    on_progress: called while the prompt is read, with its computed tokens and all of them.
+    """
+
+    def __init__(
+        self, frontend: "Frontend", ticket: Ticket, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self._frontend = frontend
+        self._ticket = ticket
+        self._on_progress = on_progress
+        self._num_reported = 0
+        self._is_over = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        if self._is_over:
+            raise StopIteration
+        try:
+            return self._next()
+        except BaseException:
+            self.close()
+            raise
+
+    def _next(self) -> Piece:
+        ticket = self._ticket
+        while True:
+            is_done = ticket.is_done  # first: what is there afterwards is all there is
+            if ticket.pieces:
+                return ticket.pieces.popleft()
+            if is_done:
+                ticket.raise_error()
+                raise StopIteration
+            ticket.wait(None if self._on_progress is None else _PROGRESS_SECONDS)
+            self._report()
+
+    def _report(self) -> None:
+        request = self._ticket.requests[0]
+        num_computed = min(request.num_computed, request.num_prompt)
+        if self._on_progress is not None and num_computed > self._num_reported:
+            self._num_reported = num_computed
+            self._on_progress(num_computed, request.num_prompt)
+
+    def close(self) -> None:
+        """Let the request go."""
+        self._is_over = True
+        self._frontend.abort(self._ticket)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Frontend:
     """Tickets over one engine; safe to call from any thread."""
 
@@ -74,31 +165,38 @@ class Frontend:
         self.engine = engine
         self.tokenizer = tokenizer
         self._admission = admission
-        self._lock = threading.Lock()
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._streams: dict[int, tuple[Ticket, TextStream | None]] = {}
+        self._streams: dict[int, tuple[Ticket, TextStream | None]] = {}  # touched by the engine's thread only
+        self._is_closed = False
+        self._process = os.getpid()
+        self._num_threads = 0  # of the matrix products; a thread has a number of its own
+        self._thread = EngineThread(self)
 
     # -- taking requests ----------------------------------------------------------------------------------
 
-    def submit(
+    def prepare(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
         *,
         adapter: str | None = None,
         on_mail: Callable[[], None] | None = None,
+        is_stream: bool = False,
     ) -> Ticket:
-        """Queue a prompt of ids. Raises RequestError for one that cannot be answered."""
+        """A request for an answer to a prompt of ids, for `submit`. Raises RequestError for an impossible one.
+
+        is_stream: whether its pieces are read as they come, or all at the end.
+        """
         admitted = self._admission.generation(prompt, params, adapter=adapter)
-        ticket = Ticket([request for request, _ in admitted], on_mail)
-        with self._all_or_none(ticket):
+        ticket = Ticket([request for request, _ in admitted], on_mail, is_stream=is_stream)
+        with self._all_or_none([ticket]):
             for sample, (request, state) in enumerate(admitted):
-                self._open(request, ticket, TextStream(self.tokenizer, params.stop, sample=sample))
+                self._hold_adapter(request)
+                stream = TextStream(self.tokenizer, params.stop, sample=sample)
                 top = params.prompt_logprobs if sample == 0 else None
-                self._inbox.append(partial(self.engine.add, request, state, top=top))
+                ticket.additions.append(partial(self._add, request, ticket, stream, state, top))
         return ticket
 
-    def submit_task(
+    def prepare_task(
         self,
         prompt: Sequence[int],
         task: Task,
@@ -109,99 +207,77 @@ class Frontend:
         adapter: str | None = None,
         on_mail: Callable[[], None] | None = None,
     ) -> Ticket:
-        """Queue a prompt from which something is read off. logits_from: the first position that matters."""
+        """A request for what is read off a prompt, for `submit`. logits_from: the first position that matters."""
         request = self._admission.reading(prompt, task, priority=priority, adapter=adapter)
         request.logits_from = logits_from
         ticket = Ticket([request], on_mail)
-        with self._all_or_none(ticket):
-            self._open(request, ticket, None)
-            self._inbox.append(partial(self.engine.add, request, top=top))
+        with self._all_or_none([ticket]):
+            self._hold_adapter(request)
+            ticket.additions.append(partial(self._add, request, ticket, None, None, top))
         return ticket
 
-    def take_all(self, submissions: Iterable[Ticket]) -> list[Ticket]:
-        """Submit as `submissions` is gone through: all, or none when one is refused."""
+    def submit(self, prepared: Iterable[Ticket]) -> list[Ticket]:
+        """Queue requests together, so that one step can begin with all; none when preparing one raises."""
         tickets: list[Ticket] = []
-        try:
-            for ticket in submissions:
+        with self._all_or_none(tickets):
+            self._check_usable()
+            for ticket in prepared:
                 tickets.append(ticket)
+            self._thread.post(partial(self._add_all, tickets, torch.get_num_threads()))
+        return tickets
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No step begins inside: requests that are submitted one by one begin together afterwards."""
+        gate: SimpleQueue[None] = SimpleQueue()
+        self._thread.post(gate.get)
+        try:
+            yield
+        finally:
+            gate.put(None)
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise RequestError(_CLOSED)
+        if os.getpid() != self._process:
+            raise RequestError(
+                "This model was loaded before the process was forked, and its thread did not come along. Load it in "
+                "the child process, or start that with multiprocessing's 'spawn'."
+            )
+
+    def abort(self, ticket: Ticket) -> None:
+        """Let a request go, before the next step; whoever else waits for it gets a RequestError. From anywhere."""
+        if not ticket.is_done:
+            aborted = RequestError("This request was aborted before its answer was complete.")
+            self._thread.post(partial(self._end, ticket, aborted))
+
+    @contextmanager
+    def _all_or_none(self, tickets: list[Ticket]) -> Iterator[None]:
+        """Let go of all when one cannot be queued, as when Ctrl-C comes in between."""
+        try:
+            yield
         except BaseException:
             for ticket in tickets:
                 self.abort(ticket)
             raise
-        return tickets
 
-    def abort(self, ticket: Ticket) -> None:
-        """Let a request go; finished ones are ignored. Takes effect before the next step."""
-
-        def drop() -> None:
-            for request in ticket.requests:
-                self.engine.finish(request)
-                self._close(request)
-
-        if not ticket.is_done:
-            self._inbox.append(drop)
-            self._take_inbox_unless_stepping()
-
-    @contextmanager
-    def _all_or_none(self, ticket: Ticket) -> Iterator[None]:
-        """Let go of all samples when one cannot be queued, as when Ctrl-C comes in between."""
-        try:
-            yield
-        except BaseException:
-            self.abort(ticket)
-            raise
-
-    def _open(self, request: Request, ticket: Ticket, stream: TextStream | None) -> None:
+    def _hold_adapter(self, request: Request) -> None:
         if request.adapter is not None:
             adapters = self.engine.runner.adapters
             assert adapters is not None
             number = adapters.hold(request.adapter, request.sequence_id)
             # Keys are shared within one adapter, not within a name, which may be another adapter's later.
             request.namespace = (number, request.namespace)
-        self._streams[request.sequence_id] = (ticket, stream)
 
-    def _close(self, request: Request) -> None:
-        self._streams.pop(request.sequence_id, None)
-        adapters = self.engine.runner.adapters
-        if adapters is not None and request.adapter is not None:
-            adapters.release(request.adapter, request.sequence_id)
-
-    # -- stepping -----------------------------------------------------------------------------------------
-
-    def stream(
-        self, ticket: Ticket, on_progress: Callable[[int, int], None] | None = None
-    ) -> Iterator[Piece]:
-        """The pieces of a request as they come, stepping the engine meanwhile. Raises what ended it badly.
-
-        on_progress: called after each step with the prompt's computed tokens and all of them.
-        """
-        request = ticket.requests[0]
-        try:
-            while True:
-                ticket.has_mail.clear()
-                is_done = ticket.is_done  # first: another thread may add the last piece right after the loop
-                while ticket.pieces:
-                    yield ticket.pieces.popleft()
-                if is_done:
-                    if ticket.error is not None:
-                        raise ticket.error
-                    return
-                self._step_or_wait(ticket)
-                if on_progress is not None and request.num_outputs == 0:
-                    on_progress(min(request.num_computed, request.num_prompt), request.num_prompt)
-        finally:
-            self.abort(ticket)
+    # -- waiting ------------------------------------------------------------------------------------------
 
     def wait(self, tickets: Sequence[Ticket]) -> None:
-        """Step until all tickets are done; on the way out, whatever the reason, none is left in the engine."""
+        """Until all tickets are done; on the way out, whatever the reason, none is left in the engine."""
         try:
             for ticket in tickets:
                 while not ticket.is_done:
-                    ticket.has_mail.clear()
-                    if not ticket.is_done:
-                        self._step_or_wait(ticket)
-                if ticket.error is not None:
-                    raise ticket.error
+                    ticket.wait()
+                ticket.raise_error()
         finally:
             for ticket in tickets:
                 self.abort(ticket)
@@ -211,40 +287,20 @@ class Frontend:
         self.wait(job.tickets)
         return job.read()
 
+    def settle(self) -> None:
+        """Wait until every abort so far has taken effect."""
+        self._thread.settle()
+
+    def close(self) -> None:
+        """End the thread; requests that are open raise RequestError. A second call does nothing."""
+        self._is_closed = True
+        self._thread.post(partial(self.fail, RequestError(_CLOSED)))
+        self._thread.end()
+
+    # -- in the thread of the engine ----------------------------------------------------------------------
+
     def step(self) -> bool:
-        """Take what has come in and compute one step; False when there is nothing to do."""
-        self._lock.acquire()
-        try:
-            return self._step()
-        finally:
-            self._release()
-
-    def _step_or_wait(self, ticket: Ticket) -> None:
-        if not self._lock.acquire(blocking=False):
-            ticket.has_mail.wait(_WAIT_SECONDS)
-            return
-        try:
-            # Another thread may have stepped since: then there is mail, or nothing more to come.
-            if not ticket.is_done and not ticket.has_mail.is_set():
-                self._step()
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        """Let others step. An abort that came during this step does not wait for a next one."""
-        self._lock.release()
-        self._take_inbox_unless_stepping()
-
-    def _take_inbox_unless_stepping(self) -> None:
-        """Do now what need not wait for a next step, that may never be; whoever steps does it afterwards."""
-        while self._inbox and self._lock.acquire(blocking=False):
-            try:
-                self._take_inbox()
-            finally:
-                self._lock.release()
-
-    def _step(self) -> bool:
-        self._take_inbox()
+        """Compute one step and hand out what it brings; False when there is nothing to do."""
         if not self.engine.has_work:
             return False
         tickets = [self._deliver(update) for update in self.engine.step()]
@@ -252,9 +308,42 @@ class Frontend:
             ticket.notify()
         return True
 
-    def _take_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+    def fail(self, error: BaseException) -> None:
+        """End every request: whose fault it was that a step raised is not known. The next request starts afresh."""
+        for ticket in dict.fromkeys(ticket for ticket, _ in self._streams.values()):
+            self._end(ticket, error)
+
+    def _add_all(self, tickets: Iterable[Ticket], num_threads: int) -> None:
+        if num_threads != self._num_threads:
+            torch.set_num_threads(num_threads)
+            self._num_threads = num_threads
+        for ticket in tickets:
+            while ticket.additions:
+                ticket.additions.popleft()()
+
+    def _add(
+        self,
+        request: Request,
+        ticket: Ticket,
+        stream: TextStream | None,
+        state: SamplingState | None,
+        top: int | None,
+    ) -> None:
+        self._streams[request.sequence_id] = (ticket, stream)
+        self.engine.add(request, state, top=top)
+
+    def _end(self, ticket: Ticket, error: BaseException) -> None:
+        ticket.additions.clear()
+        for request in ticket.requests:
+            self.engine.finish(request)
+            self._close(request)
+        ticket.fail(error)
+
+    def _close(self, request: Request) -> None:
+        self._streams.pop(request.sequence_id, None)
+        adapters = self.engine.runner.adapters
+        if adapters is not None and request.adapter is not None:
+            adapters.release(request.adapter, request.sequence_id)
 
     def _deliver(self, update: Update) -> Ticket:
         ticket, stream = self._streams[update.sequence.sequence_id]

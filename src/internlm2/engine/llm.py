@@ -3,10 +3,11 @@
 BOS is added to text prompts, as the official tokenizer does; chats end at `</s>` and `<|im_end|>` always.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 import torch
 
@@ -14,11 +15,11 @@ from internlm2.checkpoint.load import require_head
 from internlm2.checkpoint.plan import PREFILL_CHUNK_TOKENS
 from internlm2.engine.build import EngineOptions, load
 from internlm2.engine.core import Stats
-from internlm2.engine.frontend import Job, Ticket
+from internlm2.engine.frontend import Job, Pieces, Ticket
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.schedule.request import Task
 from internlm2.engine.speculative import NUM_DRAFT_TOKENS
-from internlm2.engine.text import Output, Piece, Score, join
+from internlm2.engine.text import Output, Score, join
 from internlm2.errors import RequestError
 from internlm2.model.heads import CausalLM, RopeMode
 
@@ -46,7 +47,7 @@ class LLM:
     likely, rounding may choose the other one; it depends on how many tokens a step computes.
 
     tensor_parallel: split the model over so many GPUs ("cuda") or processes of this machine ("cpu"); memory_gib is
-    then that of each. `close` ends the other processes. quantization: weights in "int8" or "int4", or "bfloat16"
+    then that of each. quantization: weights in "int8" or "int4", or "bfloat16"
     unchanged, packed for the C++ kernels of the CPU: several times faster for a few requests at once; docs/kernels.md
     says what is lost.
 
@@ -102,8 +103,20 @@ class LLM:
         self._close = loaded.close
 
     def close(self) -> None:
-        """End the other processes of a split model; it cannot be used afterwards. Others need no closing."""
+        """End its thread, and the other processes of a split model; requests that are open raise RequestError.
+
+        A model that nobody uses any more ends by itself; `with LLM(...) as llm:` ends it for certain.
+        """
+        self.frontend.close()
         self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def stats(self) -> Stats:
@@ -138,8 +151,8 @@ class LLM:
         _check_list(prompts, "prompts")
         each = self._each(params, len(prompts))
         encoded = [self.encode(prompt) for prompt in prompts]
-        tickets = self.frontend.take_all(
-            self.frontend.submit(ids, own, adapter=adapter, on_mail=on_mail)
+        tickets = self.frontend.submit(
+            self.frontend.prepare(ids, own, adapter=adapter, on_mail=on_mail)
             for ids, own in zip(encoded, each, strict=True)
         )
         return Job(tickets, lambda: [_output(*row) for row in zip(encoded, tickets, each, strict=True)])
@@ -164,7 +177,7 @@ class LLM:
         tools: Sequence[Message] | None = None,
         adapter: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Pieces:
         """As `chat`, piece by piece; never half a character, never the start of a stop string."""
         ids = self.tokenizer.apply_chat(messages, tools=tools)
         return self.stream(ids, params, adapter=adapter, on_progress=on_progress)
@@ -176,14 +189,28 @@ class LLM:
         *,
         adapter: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Pieces:
         """Complete one prompt, piece by piece; the last piece of an answer carries a finish_reason.
 
         on_progress: called while the prompt is read, with the tokens that are done and all of them. Leaving the loop
-        early aborts the request.
+        early, or dropping the stream, aborts the request. Raises RequestError at once.
         """
-        ticket = self.frontend.submit(self.encode(prompt), params or SamplingParams(), adapter=adapter)
-        return self.frontend.stream(ticket, on_progress)
+        ticket = self.begin_stream(prompt, params, adapter=adapter)
+        return Pieces(self.frontend, ticket, on_progress)
+
+    def begin_stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        on_mail: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """As `stream`, without reading it."""
+        prepared = self.frontend.prepare(
+            self.encode(prompt), params or SamplingParams(), adapter=adapter, on_mail=on_mail, is_stream=True
+        )
+        return self.frontend.submit([prepared])[0]
 
     # -- what is read off a text --------------------------------------------------------------------------
 
@@ -213,8 +240,8 @@ class LLM:
                 f"There are {len(prompts)} prompts and {len(continuations)} continuations. Give one for each."
             )
         pairs = [self._pair(*pair) for pair in zip(prompts, continuations, strict=True)]
-        tickets = self.frontend.take_all(
-            self.frontend.submit_task(
+        tickets = self.frontend.submit(
+            self.frontend.prepare_task(
                 ids, Task.SCORE, logits_from=start - 1, top=1, adapter=adapter, on_mail=on_mail
             )
             for ids, start in pairs
@@ -237,11 +264,11 @@ class LLM:
     ) -> Job[torch.Tensor]:
         """As `embed`, without waiting."""
         _check_list(texts, "texts")
-        tickets = self.frontend.take_all(
-            self.frontend.submit_task(self.encode(text), Task.EMBED, adapter=adapter, on_mail=on_mail)
+        tickets = self.frontend.submit(
+            self.frontend.prepare_task(self.encode(text), Task.EMBED, adapter=adapter, on_mail=on_mail)
             for text in texts
         )
-        return Job(tickets, lambda: _stack(tickets))
+        return Job(tickets, lambda: _stack(tickets, self.model.config.hidden_size))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: text gets BOS, ids stay."""
@@ -293,9 +320,9 @@ def _check_list(values: object, name: str) -> None:
         raise RequestError(f"{name} is a {type(values).__name__}, but must be a list.")
 
 
-def _stack(tickets: list[Ticket]) -> torch.Tensor:
+def _stack(tickets: list[Ticket], width: int) -> torch.Tensor:
     vectors = [ticket.last_updates[0].vector for ticket in tickets]
-    return torch.stack([vector for vector in vectors if vector is not None])
+    return torch.stack([v for v in vectors if v is not None]) if tickets else torch.empty(0, width)
 
 
 def _output(ids: list[int], ticket: Ticket, params: SamplingParams) -> Output:

@@ -4,11 +4,12 @@ A conversation is rendered with the chat template and no generation prompt, the 
 the value at it is the score (model card of InternLM2-Reward).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from internlm2.checkpoint.load import require_head
 from internlm2.engine.build import EngineOptions, load
+from internlm2.engine.frontend import Job, Ticket
 from internlm2.engine.schedule.request import Task
 from internlm2.errors import RequestError
 from internlm2.model.heads import RewardModel
@@ -46,13 +47,17 @@ class RewardScorer:
         """A score for each conversation, higher is better. Raises RequestError when there are none."""
         if not conversations:
             raise RequestError("No conversations to score. Give at least one.")
-        tickets = []
-        for conversation in conversations:
-            ids = self.encode(conversation)
-            tickets.append(self.frontend.submit_task(ids, Task.REWARD, logits_from=len(ids) - 1))
-        self.frontend.wait(tickets)
-        vectors = [ticket.last_updates[0].vector for ticket in tickets]
-        return [vector.item() for vector in vectors if vector is not None]
+        return self.frontend.finish(self.begin_scores([self.encode(each) for each in conversations]))
+
+    def begin_scores(
+        self, encoded: Sequence[Sequence[int]], *, on_mail: Callable[[], None] | None = None
+    ) -> Job[list[float]]:
+        """As `scores` for what `encode` has made, without waiting."""
+        tickets = self.frontend.submit(
+            self.frontend.prepare_task(ids, Task.REWARD, logits_from=len(ids) - 1, on_mail=on_mail)
+            for ids in encoded
+        )
+        return Job(tickets, lambda: _rewards(tickets))
 
     def compare(self, first: Conversation, second: Conversation) -> bool:
         """Whether `first` scores higher than `second`."""
@@ -66,3 +71,8 @@ class RewardScorer:
         """
         scores = self.scores(conversations)
         return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def _rewards(tickets: Sequence[Ticket]) -> list[float]:
+    vectors = [ticket.last_updates[0].vector for ticket in tickets]
+    return [vector.item() for vector in vectors if vector is not None]

@@ -164,6 +164,7 @@ def test_leaving_early_leaves_nothing_in_the_engine(model, llm):
     found = model.answer(requests)
     next(found)
     found.close()
+    llm.frontend.settle()
     assert not llm.frontend.engine.has_work
 
 

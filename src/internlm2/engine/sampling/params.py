@@ -34,7 +34,7 @@ class SamplingParams:
     sequences of ids, that are never produced; a single id that ends the answer is not held back by them.
 
     Ends: stop: texts that end the answer and are not part of it. stop_token_ids: ids that end it besides the
-    model's own. ignore_eos: go on past the model's own stop tokens.
+    model's own. ignore_eos: go on past the model's own stop tokens; an answer in a form ends nevertheless.
 
     Form: json_schema, regex, choice: at most one; the answer obeys it.
 
@@ -94,6 +94,11 @@ class SamplingParams:
         check(limit is None or 1 <= limit <= MAX_LENGTH, "length_limit", limit, f"from 1 to {MAX_LENGTH}")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"from 0 to {MAX_LOGPROBS}")
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer must obey a schema, a regular expression or a list of choices."""
+        return self.json_schema is not None or self.regex is not None or bool(self.choice)
 
     def _check_choice(self) -> None:
         is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4

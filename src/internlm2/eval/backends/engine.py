@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from internlm2.engine.frontend import Ticket
 from internlm2.engine.llm import LLM
@@ -36,13 +37,40 @@ class _Asked:
         return all(ticket.is_done for ticket in self.tickets)
 
     def answer(self) -> Answer:
-        errors = [ticket.error for ticket in self.tickets if ticket.error is not None]
-        if errors:
-            return Answer(error=str(errors[0]))
         try:
+            for ticket in self.tickets:
+                ticket.raise_error()
             return self.read()
         except RequestError as error:
             return Answer(error=str(error))
+
+
+class _Turns:
+    """The engine and whoever asks it take turns: a run that is repeated computes the same batches, to the last bit."""
+
+    def __init__(self) -> None:
+        self._mail: SimpleQueue[None] = SimpleQueue()
+        self._go: SimpleQueue[None] = SimpleQueue()
+        self._is_left = False
+
+    def on_mail(self) -> None:
+        """In the engine's thread, when a question is answered: others take its place before the next step."""
+        if not self._is_left:
+            self._mail.put(None)
+            self._go.get()
+
+    def wait(self) -> None:
+        """Until the engine waits."""
+        self._mail.get()
+
+    def go_on(self) -> None:
+        """Let the engine go on."""
+        self._go.put(None)
+
+    def leave(self) -> None:
+        """The engine need not wait any more."""
+        self._is_left = True
+        self._go.put(None)
 
 
 class EngineModel:
@@ -73,26 +101,38 @@ class EngineModel:
         """See `LanguageModel.answer`."""
         waiting = iter(requests)
         asked: list[_Asked] = []
+        turns = _Turns()
         try:
+            with self._llm.frontend.held():
+                refused = self._fill(asked, waiting, turns)
             while True:
-                for request in waiting:
-                    try:
-                        asked.append(self._ask(request))
-                    except RequestError as error:
-                        yield request, Answer(error=str(error))
-                    if len(asked) >= WINDOW:
-                        break
+                yield from refused
                 if not asked:
                     return
-                self._llm.frontend.step()
+                turns.wait()
                 done = [one for one in asked if one.is_done]
-                asked = [one for one in asked if not one.is_done]
+                asked[:] = [one for one in asked if not one.is_done]
+                refused = self._fill(asked, waiting, turns)
+                turns.go_on()
                 for one in done:
                     yield one.request, one.answer()
         finally:
+            turns.leave()
             for one in asked:
                 for ticket in one.tickets:
                     self._llm.frontend.abort(ticket)
+
+    def _fill(
+        self, asked: list[_Asked], waiting: Iterator[Request], turns: "_Turns"
+    ) -> list[tuple[Request, Answer]]:
+        """Ask until the window is full. Returns those that cannot be asked."""
+        refused: list[tuple[Request, Answer]] = []
+        while len(asked) + len(refused) < WINDOW and (request := next(waiting, None)) is not None:
+            try:
+                asked.append(self._ask(request, turns.on_mail))
+            except RequestError as error:
+                refused.append((request, Answer(error=str(error))))
+        return refused
 
     def encode(self, prompt: Prompt, label: str = "") -> list[int]:
         """The ids of a whole prompt: the start id first; control tokens of a chat only around its turns."""
@@ -102,16 +142,17 @@ class EngineModel:
             return self._tokenizer.apply_chat(prompt.messages, whole_turns=True)
         return self._tokenizer.encode(prompt.text + label, bos=True)
 
-    def _ask(self, request: Request) -> _Asked:
+    def _ask(self, request: Request, on_mail: Callable[[], None]) -> _Asked:
         num_start = 0 if self._tokenizer.bos_id is None else 1
         fitted = fit(request, self.encode, max_model_len=self._llm.max_model_len, num_start=num_start)
-        return self._compare(request, fitted) if request.labels else self._generate(request, fitted)
+        ask = self._compare if request.labels else self._generate
+        return ask(request, fitted, on_mail)
 
-    def _generate(self, request: Request, fitted: Fitted) -> _Asked:
+    def _generate(self, request: Request, fitted: Fitted, on_mail: Callable[[], None]) -> _Asked:
         params = SamplingParams(
             max_tokens=request.max_tokens, min_tokens=request.min_tokens, stop=request.stop, temperature=0.0
         )
-        job = self._llm.begin_generate(list(fitted.token_ids), params, adapter=self._adapter)
+        job = self._llm.begin_generate(list(fitted.token_ids), params, adapter=self._adapter, on_mail=on_mail)
 
         def read() -> Answer:
             output = job.read()[0]
@@ -126,13 +167,16 @@ class EngineModel:
 
         return _Asked(request, job.tickets, read)
 
-    def _compare(self, request: Request, fitted: Fitted) -> _Asked:
+    def _compare(self, request: Request, fitted: Fitted, on_mail: Callable[[], None]) -> _Asked:
         texts = fitted.token_ids
         is_even = len({len(ids) for ids in texts}) == 1
         # At least one id is scored and one stands before it; texts of different lengths are scored whole.
         start = max(1, min(num_common(texts), len(texts[0]) - 1)) if is_even else 1
         job = self._llm.begin_score(
-            [ids[:start] for ids in texts], [ids[start:] for ids in texts], adapter=self._adapter
+            [ids[:start] for ids in texts],
+            [ids[start:] for ids in texts],
+            adapter=self._adapter,
+            on_mail=on_mail,
         )
 
         def read() -> Answer:

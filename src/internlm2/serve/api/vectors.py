@@ -2,16 +2,13 @@
 
 import asyncio
 import base64
-import threading
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from internlm2.engine.frontend import Ticket
-from internlm2.engine.reward import RewardScorer
-from internlm2.engine.schedule.request import Task
+from internlm2.engine.waiters import Waiters
 from internlm2.serve.api.chat import ChatMessage
 from internlm2.serve.api.completions import MAX_TEXTS, Texts, texts_of
 from internlm2.serve.api.schema import Json, Strict
@@ -92,6 +89,7 @@ def vector_routes(service: Service) -> APIRouter:
 def reward_routes(service: Service) -> APIRouter:
     """The router of reward models."""
     router = APIRouter(tags=["rewards"])
+    waiters = Waiters(service.frontend)
 
     async def scored(request: Request, model: str | None, conversations: list[list[Json]]) -> list[float]:
         exchange, scorer = exchange_of(request.scope), service.reward_model
@@ -101,7 +99,7 @@ def reward_routes(service: Service) -> APIRouter:
         async def whole() -> list[float]:
             ids = await asyncio.to_thread(lambda: [scorer.encode(each) for each in conversations])
             exchange.num_prompt_tokens = sum(map(len, ids))
-            return await _rewards(scorer, ids)
+            return await waiters.run(lambda on_mail: scorer.begin_scores(ids, on_mail=on_mail))
 
         return await answer(request, service.gate, whole())
 
@@ -130,31 +128,6 @@ def reward_routes(service: Service) -> APIRouter:
         return JSONResponse(_listed(service, data, exchange_of(request.scope).num_prompt_tokens))
 
     return router
-
-
-async def _rewards(scorer: RewardScorer, prompts: list[list[int]]) -> list[float]:
-    """The rewards of encoded conversations, computed in another thread. A task that is cancelled lets them go."""
-    frontend = scorer.frontend
-    tickets: list[Ticket] = frontend.take_all(
-        frontend.submit_task(ids, Task.REWARD, logits_from=len(ids) - 1) for ids in prompts
-    )
-    is_left = threading.Event()
-
-    def compute() -> None:
-        while not is_left.is_set() and not all(ticket.is_done for ticket in tickets):
-            frontend.step()
-
-    try:
-        await asyncio.to_thread(compute)
-    finally:
-        is_left.set()
-        for ticket in tickets:
-            frontend.abort(ticket)
-    for ticket in tickets:
-        if ticket.error is not None:
-            raise ticket.error
-    vectors = [ticket.last_updates[0].vector for ticket in tickets]
-    return [vector.item() for vector in vectors if vector is not None]
 
 
 def _listed(service: Service, data: list[Json], num_tokens: int) -> Json:
