@@ -187,8 +187,8 @@ def overhead() -> str:
     served, alone = (statistics.median(column) for column in zip(*speeds, strict=True))
     return (
         f"{STREAMS} streams of {STREAM_TOKENS} tokens, greedy: {served:.0f} tokens/s through HTTP, clients on the same "
-        f"two cores included; {alone:.0f} from the bare engine in a process of its own. Ratio, medians of {ROUNDS} pairs "
-        f"taking turns: {statistics.median(ratios):.3f} [{min(ratios):.3f}..{max(ratios):.3f}]; goal: at least 0.9.\n"
+        f"two cores included; {alone:.0f} from the bare engine in a process of its own. Ratio, median of {ROUNDS} "
+        f"pairs in turns: {statistics.median(ratios):.3f} [{min(ratios):.3f}..{max(ratios):.3f}]; goal: at least 0.9.\n"
     )
 
 
