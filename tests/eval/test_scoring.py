@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from internlm2.errors import ConfigError
 from internlm2.eval.data.folder import DataFolder
 from internlm2.eval.profile import MENDS, PROFILES, find_profile
+from internlm2.eval.runner import run_in_sandbox
 from internlm2.eval.task import EvalError, Item, choose
 from internlm2.eval.tasks import build, find_item
 
@@ -78,10 +79,10 @@ def test_capitals_count_under_the_card_only(sample):
 
 
 def test_the_program_that_is_run(sample):
-    seen: list[tuple[str, float]] = []
+    seen: list[tuple[str, str, list[str], float]] = []
 
-    def run(program: str, timeout_seconds: float) -> bool:
-        seen.append((program, timeout_seconds))
+    def run(program: str, timeout_seconds: float, *, tests: str, entry_points: Sequence[str]) -> bool:
+        seen.append((program, tests, list(entry_points), timeout_seconds))
         return len(seen) % 2 == 1
 
     first = verdict("humaneval:0", "    return 1\n\n    x", sample, "card-2024-01", chat=False, run=run)
@@ -94,16 +95,18 @@ def test_the_program_that_is_run(sample):
         "def f():\n  return f('d')",
         "the tests failed",
     )
-    (humaneval, limit), (mbpp, mbpp_limit) = seen
+    humaneval, mbpp = seen
     item = find_item("humaneval:0", PROFILES["fixed"], sample, is_chat=False)
-    assert (
-        humaneval == f"{item.fields['prompt']}    return 1\n{item.fields['test']}\ncheck(has_close_elements)"
-    )
-    assert mbpp.startswith("def f():\n  return f('d')\nassert ")
-    assert (limit, mbpp_limit) == (3.0, 2.0)
+    source, name = item.fields["prompt"], "has_close_elements"
+    assert humaneval[0] == f"{source}    return 1"
+    assert humaneval[1] == f"{source.partition('def ')[0]}{item.fields['test']}\ncheck({name})"
+    assert humaneval[2:] == ([name], 3.0)
+    assert mbpp[0] == "def f():\n  return f('d')"
+    problem = find_item("sanitized_mbpp:7", PROFILES["fixed"], sample, is_chat=False)
+    assert mbpp[1:] == (problem.fields["tests"], ["remove_Occ"], 2.0)
     verdict("sanitized_mbpp:7", "def f():\n  return f('\\d')\n[DONE]", sample, "fixed", run=run)
-    assert seen[2][0].startswith("\ndef f():\n  return f('\\d')\nassert ")
-    assert seen[2][1] == 20.0
+    assert seen[2][0] == "\ndef f():\n  return f('\\d')"
+    assert seen[2][3] == 20.0
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_the_program_that_is_run(sample):
     ],
 )
 def test_which_truncation_a_profile_uses(profile, chat, body, sample):
-    found = verdict("humaneval:0", "    a\n\n    b\nc\n", sample, profile, chat=chat, run=lambda *_: True)
+    found = verdict("humaneval:0", "    a\n\n    b\nc\n", sample, profile, chat=chat, run=lambda *_, **__: True)
     assert found.extracted.rstrip("\n") == body.rstrip("\n")
 
 
@@ -147,7 +150,7 @@ def test_every_mend_is_asked_for_by_a_task():
     import internlm2.eval
 
     room = Path(internlm2.eval.__file__).parent
-    source = "".join(path.read_text() for path in (room / "tasks").glob("*.py"))
+    source = "".join(path.read_text() for path in (room / "tasks").rglob("*.py"))
     for mend in MENDS:
         if mend.name != "context":  # a limit of the profile, which whoever runs it keeps
             assert f'"{mend.name}" in ' in source, mend.name
@@ -264,11 +267,12 @@ def test_mmlu_of_sentences(shared):
 def failing(name: str, answer: Answer, data: DataFolder, profile: str, *, chat: bool) -> set[int]:
     """The items whose program fails, in a plain process: the programs are the published references."""
 
-    def run(program: str, timeout_seconds: float) -> bool:
+    def run(program: str, timeout_seconds: float, *, tests: str, entry_points: Sequence[str]) -> bool:
         command = [sys.executable, "-I", "-S", "-"]
+        whole = f"{program}\n{tests}".encode()
         try:
             done = subprocess.run(
-                command, input=program.encode(), capture_output=True, timeout=timeout_seconds, check=False
+                command, input=whole, capture_output=True, timeout=timeout_seconds, check=False
             )
         except subprocess.TimeoutExpired:
             return False
@@ -306,3 +310,30 @@ def test_humaneval_of_reference_programs(profile, chat, body, whole, shared):
 
     assert 164 - len(failing("humaneval", lambda item: item.gold, shared, profile, chat=chat)) == body
     assert 164 - len(failing("humaneval", fenced, shared, profile, chat=chat)) == whole
+
+
+# -- the same in the sandbox, where tests and program are two processes ----------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "profile", "chat", "right"),
+    [
+        ("sanitized_mbpp", "card-2024-01", False, 240),
+        ("sanitized_mbpp", "fixed", False, 257),
+        ("humaneval", "card-2024-01", False, 127),
+        ("humaneval", "card-2024-01", True, 153),
+        ("humaneval", "fixed", True, 164),
+    ],
+)
+def test_reference_programs_score_the_same_in_the_sandbox(name, profile, chat, right, shared):
+    task = build(name, PROFILES[profile], is_chat=chat)
+    items = list(task.items(shared, ""))
+    ending = "\n[DONE]" if name == "sanitized_mbpp" else ""
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(lambda item: task.score(item, item.gold + ending, run_in_sandbox), items))
+    failed = {item.index for item, one in zip(items, verdicts, strict=True) if not one.is_right}
+    if (name, profile) == ("sanitized_mbpp", "card-2024-01"):
+        failed.add(SLOW_MBPP)
+    assert len(items) - len(failed) == right, sorted(failed)
+

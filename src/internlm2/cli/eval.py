@@ -4,7 +4,10 @@ import io
 import json
 import os
 import sys
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +18,7 @@ from internlm2.cli.options import RunConfig, RunFlags
 
 if TYPE_CHECKING:
     from internlm2.eval.model import LanguageModel
+    from internlm2.tokenizer import Tokenizer
 
 DataArgument = Annotated[Path, Parameter(help="Folder in the layout of OpenCompass' data/.")]
 DEFAULT_DATA = Path("data")
@@ -66,6 +70,7 @@ def data(
     Exit code 1 while a file of the model card's benchmarks is missing.
     """
     from internlm2.eval.data.importing import import_folder
+    from internlm2.eval.data.published import OPTIONAL
     from internlm2.eval.data.status import as_text, examine
 
     if source is not None:
@@ -76,7 +81,7 @@ def data(
         print(json.dumps({"folder": str(data), "benchmarks": [asdict(one) for one in found]}, indent=2))
     else:
         print(as_text(data, found, show_all=show_all))
-    return INCOMPLETE if any(one.missing for one in found if one.name not in ("ceval", "cmmlu")) else 0
+    return INCOMPLETE if any(one.missing for one in found if one.name not in OPTIONAL) else 0
 
 
 def run(
@@ -109,16 +114,27 @@ def run(
         str | None, Parameter(help="Environment variable that holds the key of the endpoint.")
     ] = None,
     concurrency: Annotated[int, Parameter(help="Questions to the endpoint at the same time.")] = 8,
+    no_self_check: Annotated[
+        bool, Parameter(help="Leave out the look at tokenizer, template and a first answer.", negative=())
+    ] = False,
+    workers: Annotated[
+        int, Parameter(help="So many models at once, on the machines of a Ray cluster or on this one.")
+    ] = 1,
+    shard: Annotated[
+        str | None, Parameter(help="Only share I of N, as 2/8; `internlm2 eval merge` makes one run of all.")
+    ] = None,
     flags: RunFlags | None = None,
 ) -> int:
     """Evaluate a model, keep every sample in the output folder, and print the table.
 
     Exit code 1 when questions are left without a verdict; the same command asks them again.
     """
+    from internlm2.cli.shards import finish_shard, on_workers
     from internlm2.eval.data.folder import DataFolder
     from internlm2.eval.profile import find_profile
     from internlm2.eval.questions import RunSettings, choose_questions
     from internlm2.eval.runner import evaluate
+    from internlm2.eval.shards import Shard, evaluate_shard
     from internlm2.eval.table import FinishedRun
     from internlm2.eval.table import table as as_table
     from internlm2.eval.tasks import CARD_TASKS
@@ -127,12 +143,22 @@ def run(
     names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or CARD_TASKS
     settings = RunSettings(names, profile, chat, limit, config.seed or 0, early_stop)
     parts = choose_questions(DataFolder(data), find_profile(profile), settings)  # before a model is loaded
-    answers = (
-        _engine(model, config)
-        if endpoint is None
-        else _endpoint(endpoint, model, config, key_name=api_key_env, concurrency=concurrency)
-    )
-    results = evaluate(answers, parts, output, settings)
+    share = None if shard is None else Shard.parse(shard)
+    has_labels = any(item.labels for part in parts for item in part.items)
+    check = None if no_self_check else partial(_self_check, is_chat=chat, has_labels=has_labels)
+    with ExitStack() as stack:
+        if endpoint is not None:
+            _refuse_workers(workers, "an endpoint has its own; see --concurrency")
+            answers = _endpoint(endpoint, model, config, key_name=api_key_env, concurrency=concurrency)
+            if check is not None:
+                check(answers, None)
+        else:
+            answers = stack.enter_context(
+                on_workers(partial(_checked, model, config, check), config, workers)
+            )
+        if share is not None:
+            return finish_shard(evaluate_shard(answers, parts, output, settings, shard=share), output, share)
+        results = evaluate(answers, parts, output, settings)
     print(as_table([FinishedRun.load(output)]))
     return INCOMPLETE if results.num_errors else 0
 
@@ -166,6 +192,7 @@ def show(
 def table(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs.")],
     markdown: Annotated[bool, Parameter(help="As a Markdown table.", negative=())] = False,
+    latex: Annotated[bool, Parameter(help="As a LaTeX table with booktabs.", negative=())] = False,
 ) -> None:
     """Print the model card's table for one or more runs, with the published numbers; two runs are also compared."""
     from internlm2.eval.table import FinishedRun
@@ -174,11 +201,14 @@ def table(
 
     if not runs:
         raise EvalError("No run is given. Name the folders that `internlm2 eval run` wrote.")
-    print(as_table([FinishedRun.load(folder) for folder in runs], is_markdown=markdown))
+    if markdown and latex:
+        raise EvalError("--markdown and --latex cannot both be given. Leave one out.")
+    form = "markdown" if markdown else "latex" if latex else "text"
+    print(as_table([FinishedRun.load(folder) for folder in runs], form=form))
 
 
-def _engine(model: str, config: RunConfig) -> "LanguageModel":
-    """A model of our engine, described by all that may change its answers."""
+def _engine(model: str, config: RunConfig) -> "tuple[LanguageModel, _Look]":
+    """A model of our engine, described by all that may change its answers, and what its self-check looks at."""
     from internlm2.checkpoint.resolve import resolve_model
     from internlm2.eval.backends.engine import EngineModel, fingerprint
 
@@ -205,7 +235,49 @@ def _engine(model: str, config: RunConfig) -> "LanguageModel":
         "tensor_parallel": str(config.tensor_parallel) if config.tensor_parallel > 1 else None,
     }
     settings = {name: fact for name, fact in facts.items() if fact is not None}
-    return EngineModel(llm, name=model, settings=settings, adapter=options.adapter_name(config))
+    answers = EngineModel(llm, name=model, settings=settings, adapter=options.adapter_name(config))
+    return answers, _Look(path, llm.tokenizer, llm.model.config.vocab_size)
+
+
+def _checked(
+    model: str, config: RunConfig, check: "Callable[[LanguageModel, _Look], None] | None"
+) -> "LanguageModel":
+    """A model of our engine that has passed its self-check."""
+    answers, look = _engine(model, config)
+    if check is not None:
+        check(answers, look)
+    return answers
+
+
+def _refuse_workers(workers: int, why: str) -> None:
+    from internlm2.errors import RequestError
+
+    if workers != 1:
+        raise RequestError(f"workers is {workers}, but {why}. Leave --workers out.")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What of an engine's model can be looked at before it answers. num_rows: of its embedding."""
+
+    path: Path
+    tokenizer: "Tokenizer"
+    num_rows: int
+
+
+def _self_check(answers: "LanguageModel", look: _Look | None, *, is_chat: bool, has_labels: bool) -> None:
+    """Raises SelfCheckError where scores would mean nothing. look: None for an endpoint."""
+    from internlm2.doctor.folder import examine_folder
+    from internlm2.doctor.probes import PROBES
+    from internlm2.eval.self_check import check_answers, check_tokenizer, require
+    from internlm2.log import logger
+
+    if look is not None:
+        for finding in examine_folder(look.path):
+            if finding.level == "wrong":
+                logger.warning("Self-check, %s: %s %s", finding.check, finding.text, finding.remedy)
+        require([*check_tokenizer(look.tokenizer, PROBES, num_rows=look.num_rows, is_chat=is_chat)])
+    require([*check_answers(answers, is_chat=is_chat, has_labels=has_labels)])
 
 
 def _endpoint(

@@ -41,7 +41,7 @@ def average(row: Average, subsets: Mapping[str, Score]) -> Score | None:
         return None
     scores = [subsets[name] for name in row.subsets]
     n = sum(score.n for score in scores)
-    weights = [score.n / n if row.is_weighted else 1 / len(scores) for score in scores]
+    weights = row.weights or [score.n / n if row.is_weighted else 1 / len(scores) for score in scores]
     percent = math.fsum(weight * score.percent for weight, score in zip(weights, scores, strict=True))
     variance = math.fsum(
         (weight * score.standard_error) ** 2 for weight, score in zip(weights, scores, strict=True)

@@ -23,7 +23,8 @@ class Request:
     labels: where there are any, how likely each is behind the prompt is asked; else an answer is written greedily:
     from min_tokens to max_tokens tokens, ended before any text of `stop`.
 
-    max_context_tokens: of prompt and answer together; None: what the model has.
+    max_context_tokens: of prompt and answer together; None: what the model has. cuts_middle: what is too long loses its
+    middle instead of its beginning.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Request:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     max_context_tokens: int | None = None
+    cuts_middle: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def fit(
 ) -> Fitted:
     """The ids of a prompt, within the context limit of the request or of the model.
 
-    First the last examples go, then the beginning of the text, behind `num_start` ids. encode: ids of a prompt with a
-    label behind it. Raises RequestError where the limit leaves no room for a prompt.
+    First the last examples go, then the beginning of the text, behind `num_start` ids, or its middle. encode: ids of a
+    prompt with a label behind it. Raises RequestError where the limit leaves no room for a prompt.
 
     NOTE: OpenCompass drops examples only while the prompt alone is too long, although the answer needs room as well;
     then the text is cut. That is kept where the profile gives a limit.
@@ -178,8 +180,8 @@ def fit(
         if num_shots == 0 or longest <= limit_of_shots:
             break
         num_shots -= 1
+    num_kept = (room + 1) // 2 if request.cuts_middle else num_start
     cut = tuple(
-        ids if len(ids) <= room else [*ids[:num_start], *ids[len(ids) - room + num_start :]]
-        for ids in encoded
+        ids if len(ids) <= room else [*ids[:num_kept], *ids[len(ids) - room + num_kept :]] for ids in encoded
     )
     return Fitted(cut, len(request.prompt.shots) - num_shots, max(0, longest - room))

@@ -70,6 +70,21 @@ MENDS = (
         "Backslashes are deleted, test_imports ignored, 2 s are all: reference programs reach 93.4 %.",
         "Programs stay as they are, the imports of the tests are made, and 20 s are given.",
     ),
+    Mend(
+        "needle",
+        "Right answers in other words than the needle's lose points, chats get a bare text, and lengths are GPT-4's.",
+        "The keyword decides, chats get a message, and lengths are counted in the model's tokens.",
+    ),
+    Mend(
+        "longbench",
+        "qasper is asked in the words of hotpotqa, chats get lists and code as messages, long prompts lose the start.",
+        "LongBench's own prompts; those six tasks are plain text; prompts that are too long lose their middle.",
+    ),
+    Mend(
+        "leval",
+        "Of several right options the first run decides, and open questions are scored by ROUGE-1.",
+        "L-Eval's own scorers: a quarter for a part of the options, F1 or ROUGE-L for open questions.",
+    ),
 )
 """Every mend of the profile `fixed`. Nothing else in this room differs from the card without being listed here."""
 

@@ -80,8 +80,9 @@ def _part(
             draw = random.Random(f"{settings.seed}:{name}.{subset}")
             items = [items[n] for n in sorted(draw.sample(range(len(items)), settings.limit))]
         for item in items:
-            for label in item.labels or (None,):
-                text = item.text(label)
+            identity = item.prompt.identity
+            for label in item.labels or ("",):
+                text = identity + label
                 digest.update(f"{item.key}\0{len(text)}\0{text}".encode())
         subsets[subset] = items
     paths = sorted({path for subset in names for path in task.files(subset)})

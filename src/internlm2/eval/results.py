@@ -1,4 +1,4 @@
-"""The numbers of a run with all that they depend on, and whether two runs differ by more than chance."""
+"""The numbers of a run with all that they depend on."""
 
 import json
 import math
@@ -15,6 +15,8 @@ from internlm2.eval.metrics import Score, summarise
 from internlm2.eval.questions import Part, RunSettings
 from internlm2.eval.run_folder import RESULTS, Sample, read_json
 from internlm2.eval.task import EvalError
+
+NUM_NAMED = 3  # questions in a sentence
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class TaskResult:
     without any verdict. subsets: each of them.
 
     num_errors: questions without a verdict, which no mean counts. num_dropped_shots, num_cut_prompts: questions that
-    lost examples, or the beginning of their text, to the context limit. num_cut_answers: answers that reached their
-    longest length. seconds: of work, without loading the model.
+    lost examples, or a part of their text, to the context limit; dropped_shots, cut_prompts: their keys.
+    num_cut_answers: answers that reached their longest length. seconds: of work, without loading the model.
     """
 
     name: str
@@ -51,6 +53,21 @@ class TaskResult:
     seconds: float
     prompt_sha256: str
     data_sha256: Mapping[str, str]
+    dropped_shots: tuple[str, ...] = ()
+    cut_prompts: tuple[str, ...] = ()
+
+    @property
+    def shortenings(self) -> list[str]:
+        """How many prompts were shortened, and which, in words."""
+        told = (
+            (self.num_dropped_shots, "lost worked examples", self.dropped_shots),
+            (self.num_cut_prompts, "lost a part of their prompt", self.cut_prompts),
+        )
+        return [
+            f"{self.name}: {count} of {self.num_questions} questions {what} to the context limit{_named(keys)}"
+            for count, what, keys in told
+            if count
+        ]
 
 
 @dataclass(frozen=True)
@@ -116,20 +133,24 @@ def _task_result(part: Part, samples: Mapping[str, Sample]) -> TaskResult:
         part.task.averages,
         {subset: [sample.score for sample in group if not sample.error] for subset, group in own.items()},
     )
+    dropped_shots = tuple(sample.key for sample in everything if sample.dropped_shots)
+    cut_prompts = tuple(sample.key for sample in everything if sample.cut_tokens)
     return TaskResult(
         name=part.facts.name,
         rows={name: _row(score) for name, score in rows.items()},
         subsets={name: _row(score) for name, score in subsets.items()},
         num_questions=len(everything),
         num_errors=sum(bool(sample.error) for sample in everything),
-        num_dropped_shots=sum(sample.dropped_shots > 0 for sample in everything),
-        num_cut_prompts=sum(sample.cut_tokens > 0 for sample in everything),
+        num_dropped_shots=len(dropped_shots),
+        num_cut_prompts=len(cut_prompts),
         num_cut_answers=sum(sample.finish_reason == "length" for sample in everything),
         prompt_tokens=sum(sample.prompt_tokens for sample in everything),
         output_tokens=sum(sample.output_tokens for sample in everything),
         seconds=round(math.fsum(sample.seconds for sample in everything), 3),
         prompt_sha256=part.facts.prompt_sha256,
         data_sha256=part.facts.data_sha256,
+        dropped_shots=dropped_shots,
+        cut_prompts=cut_prompts,
     )
 
 
@@ -138,49 +159,9 @@ def _row(score: Score) -> Row:
     return Row(score.percent, None if math.isnan(error) else error, score.n)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs on the questions that both have a verdict on.
-
-    first_only, second_only: questions that only one of them got right. p_value: how likely a difference as large as
-    this is between two equally good runs.
-    """
-
-    n: int
-    first_only: int
-    second_only: int
-    p_value: float
-
-
-def compare(
-    first: Mapping[str, Sample], second: Mapping[str, Sample], *, task: str, subset: str | None = None
-) -> Comparison | None:
-    """McNemar's exact test on a task or subset, every question alike; None where no question is common to both.
-
-    Questions count as common where key and gold answer agree. Source: Q. McNemar, Psychometrika 12 (1947).
-    """
-    pairs = [
-        (sample.score == 1.0, second[key].score == 1.0)
-        for key, sample in first.items()
-        if sample.task == task
-        and subset in (None, sample.subset)
-        and not sample.error
-        and key in second
-        and not second[key].error
-        and second[key].gold == sample.gold
-    ]
-    if not pairs:
-        return None
-    first_only = sum(a and not b for a, b in pairs)
-    second_only = sum(b and not a for a, b in pairs)
-    return Comparison(len(pairs), first_only, second_only, mcnemar(first_only, second_only))
-
-
-def mcnemar(first_only: int, second_only: int) -> float:
-    """The two-sided exact p-value: both kinds of disagreement are equally likely where the runs are equally good."""
-    n, fewer = first_only + second_only, min(first_only, second_only)
-    term, total = 1, 1
-    for k in range(1, fewer + 1):
-        term = term * (n - k + 1) // k
-        total += term
-    return min(1.0, 2 * total / 2**n)
+def _named(keys: Sequence[str]) -> str:
+    """The first of some keys in words."""
+    if not keys:
+        return ""
+    more = ", and others, which results.json lists" if len(keys) > NUM_NAMED else ""
+    return f": {', '.join(keys[:NUM_NAMED])}{more}"

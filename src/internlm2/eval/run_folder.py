@@ -24,9 +24,10 @@ _MISSING = object()
 class Sample:
     """One question, its answer and its verdict.
 
-    prompt: as the model was given it, except that `cut_tokens` tokens of its beginning are missing. output: what was
-    written, or the label that was chosen; logprobs: by label (None: no number). error: why there is no verdict; score
-    means nothing then. finish_reason: "length" where the answer was cut. seconds: since the sample before it.
+    prompt: as the model was given it, except that `cut_tokens` tokens of its beginning or middle are missing; of needle
+    tests its ends. output: what was written, or the label that was chosen; logprobs: by label (None: no number). error:
+    why there is no verdict; score means nothing then. finish_reason: "length" where the answer was cut. seconds: since
+    the sample before it.
     """
 
     key: str
@@ -134,14 +135,14 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, sample: Sample) -> None:
-        """Keep a sample: written and flushed when this returns."""
+    def add(self, sample: Sample, *, is_timed: bool = False) -> None:
+        """Keep a sample: written and flushed when this returns. is_timed: its seconds were measured elsewhere."""
         with self._lock, files.writing(self.path / SAMPLES):
             now = time.monotonic()
-            sample = replace(sample, seconds=round(now - self._last_seconds, 4))
+            if not is_timed:
+                sample = replace(sample, seconds=round(now - self._last_seconds, 4))
             self._last_seconds = now
-            line = json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False)
-            self._file.write(line.encode() + b"\n")
+            self._file.write(_line(sample))
             self._file.flush()
             self.samples[sample.key] = sample
 
@@ -167,6 +168,14 @@ class RunFolder:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise EvalError(f"Another process is running in {self.path}. Wait for it to end.") from error
+
+
+def _line(sample: Sample) -> bytes:
+    fields = asdict(sample)
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a character out of two, which JSON can spell and UTF-8 cannot
+        return json.dumps(fields, allow_nan=False).encode() + b"\n"
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -38,12 +38,7 @@ def evaluate(
     Raises EvalError for a folder with another run, SandboxError where no sandbox can be built, what the model raises.
     """
     profile = find_profile(settings.profile)
-    identity = {
-        "internlm2": __version__,
-        "model": dict(model.description),
-        "settings": asdict(settings),
-        "tasks": {part.facts.name: asdict(part.facts) for part in parts},
-    }
+    identity = identity_of(model.description, parts, settings)
     keeps_limit = model.counts_tokens or profile.max_context_tokens is None
     if not keeps_limit:
         logger.warning(
@@ -63,13 +58,33 @@ def evaluate(
         assert questions.keys() <= kept.samples.keys(), "the model left questions without an answer"
         results = collect(model.description, settings, parts, kept.samples, keeps_context_limit=keeps_limit)
         write_text(folder / RESULTS, results.as_json())
+    for task in results.tasks.values():
+        for told in task.shortenings:
+            logger.warning("%s.", told)
     return results
 
 
-def run_in_sandbox(program: str, timeout_seconds: float) -> bool:
-    """Whether a program runs to its end in time, in the project's sandbox. Raises SandboxError without one."""
+def identity_of(
+    description: Mapping[str, str], parts: Sequence[Part], settings: RunSettings
+) -> dict[str, object]:
+    """Everything that decides about the results, as `run.json` keeps it. description: of the model."""
+    return {
+        "internlm2": __version__,
+        "model": dict(description),
+        "settings": asdict(settings),
+        "tasks": {part.facts.name: asdict(part.facts) for part in parts},
+    }
+
+
+def run_in_sandbox(
+    program: str, timeout_seconds: float, *, tests: str, entry_points: Sequence[str] = ()
+) -> bool:
+    """Whether a program passes its tests in time, in the project's sandbox; they run in two processes there.
+
+    Raises SandboxError where no sandbox can be built.
+    """
     limits = Limits(wall_seconds=timeout_seconds, cpu_seconds=timeout_seconds)
-    return run_program(program, limits=limits).passed
+    return run_program(program, tests=tests, entry_points=entry_points, limits=limits).passed
 
 
 Questions = Mapping[str, tuple[Task, Item]]
@@ -108,15 +123,17 @@ def _ask_all(
 
 def request_of(item: Item, profile: Profile, settings: RunSettings) -> Request:
     """What a model is asked for an item."""
-    is_base = isinstance(item.prompt, TextPrompt)
+    prompt = item.prompt.written()
+    is_base = isinstance(prompt, TextPrompt)
     return Request(
         item.key,
-        item.prompt,
+        prompt,
         labels=item.labels,
         max_tokens=item.max_tokens,
         min_tokens=profile.min_tokens if is_base and not item.labels else 0,
         stop=tuple(dict.fromkeys((*item.stop, *(item.early_stop if settings.early_stop else ())))),
-        max_context_tokens=profile.max_context_tokens,
+        max_context_tokens=None if item.is_long else profile.max_context_tokens,
+        cuts_middle=item.cuts_middle,
     )
 
 
@@ -139,7 +156,7 @@ def sample_of(task: Task, item: Item, answer: Answer, run: ProgramRunner) -> Sam
         task=item.task,
         subset=item.subset,
         index=item.index,
-        prompt=prompt.text,
+        prompt=prompt.record,
         gold=item.gold,
         output=output,
         logprobs=finite(answer.logprobs),

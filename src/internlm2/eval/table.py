@@ -1,13 +1,14 @@
-"""Results for people: the card's table as text or Markdown, and single samples."""
+"""Results for people: the card's table, and single samples."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from internlm2.eval.published_scores import CARD_NAMES, PUBLISHED, nearest
-from internlm2.eval.results import Results, Row, TaskResult, compare
+from internlm2.eval.report.forms import Table, render, visible
+from internlm2.eval.results import Results, Row, TaskResult
 from internlm2.eval.run_folder import Sample, read_samples
+from internlm2.eval.significance import Comparison, compare
 
 NO_VALUE = ""
 _PROMPT_CHARACTERS = 600
@@ -32,29 +33,38 @@ class FinishedRun:
         return str(self.results.model["name"])
 
 
-def table(runs: Sequence[FinishedRun], *, is_markdown: bool = False) -> str:
+def table(runs: Sequence[FinishedRun], *, form: str = "text") -> str:
+    """The card's table as "text", "markdown" or "latex"; see `card_table`."""
+    return render(card_table(runs), form)
+
+
+def card_table(runs: Sequence[FinishedRun]) -> Table:
     """The card's table: a row for each benchmark, a column for each run, then the card's own numbers.
 
-    Two runs get a column p as well: how likely their difference is by chance (McNemar, exact, every question alike).
+    Two runs are also compared, on the questions that both have a verdict on, every question alike: their difference,
+    p (how likely one as large is by chance), and how many questions these are.
     """
     published = list(dict.fromkeys(nearest(run.name, is_chat=run.results.is_chat) for run in runs))
-    head = ["benchmark", *_headings(runs), *(["p"] if len(runs) == 2 else [])]
+    head = ["benchmark", *headings(runs), *(["difference", "p", "n of both"] if len(runs) == 2 else [])]
     head += [f"card: {model}" for model in published]
-    rows = []
+    rows, tests = [], []
     for task, row in _row_names(runs):
         cells = [_cell(run.results.tasks.get(task), row) for run in runs]
         if len(runs) == 2:
-            cells.append(_p_value(runs, task, row))
+            found = _compared(runs, task, row)
+            cells += _comparison_cells(found)
+            tests += [found.test] if found else []
         for model in published:
             score = PUBLISHED[model].get(row)
             cells.append(NO_VALUE if score is None else f"{score:.1f}")
         rows.append([CARD_NAMES.get(row, row), *cells])
-    lines = _markdown(head, rows) if is_markdown else _text(head, rows)
-    bullet = "- " if is_markdown else ""
-    return "\n".join([*lines, "", *(f"{bullet}{line}" for run in runs for line in _notes(run))])
+    told = [
+        f"p: {test}, over the questions that both runs have a verdict on" for test in dict.fromkeys(tests)
+    ]
+    return Table(head, rows, [*(note for run in runs for note in _notes(run)), *told])
 
 
-def _headings(runs: Sequence[FinishedRun]) -> list[str]:
+def headings(runs: Sequence[FinishedRun]) -> list[str]:
     """Models by name; runs of the same model by their folders."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else f"{run.name} ({run.folder.name})" for run in runs]
@@ -87,12 +97,17 @@ def _cell(result: TaskResult | None, row: str) -> str:
     return f"{found.percent:.1f}{error}{failed}"
 
 
-def _p_value(runs: Sequence[FinishedRun], task: str, row: str) -> str:
+def _compared(runs: Sequence[FinishedRun], task: str, row: str) -> Comparison | None:
     subset = None if row == task else row.partition(".")[2]
-    found = compare(runs[0].samples, runs[1].samples, task=task, subset=subset)
+    return compare(runs[0].samples, runs[1].samples, task=task, subset=subset)
+
+
+def _comparison_cells(found: Comparison | None) -> list[str]:
     if found is None:
-        return "nothing in common"
-    return "< 0.0001" if found.p_value < 1e-4 else f"{found.p_value:.4f}"
+        return [NO_VALUE, NO_VALUE, "0"]
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.1f}"
+    p_value = "< 0.0001" if found.p_value < 1e-4 else f"{found.p_value:.4f}"
+    return [f"{found.difference:+.1f}{error}", p_value, str(found.n)]
 
 
 def _notes(run: FinishedRun) -> list[str]:
@@ -104,28 +119,13 @@ def _notes(run: FinishedRun) -> list[str]:
     mode = "chat" if results.is_chat else "base"
     notes = [f"{run.folder}: {run.name}, profile {results.profile}, {mode} mode, {asked} questions ({which})"]
     for task in results.tasks.values():
-        told = [
-            (task.num_errors, "have no verdict: see `internlm2 eval show RUN --errors`"),
-            (task.num_dropped_shots, "lost worked examples to the context limit"),
-            (task.num_cut_prompts, "lost the beginning of their prompt to it"),
-        ]
-        notes += [f"{run.folder}: {task.name}: {count} questions {what}" for count, what in told if count]
+        if task.num_errors:
+            failed = f"{task.name}: {task.num_errors} questions have no verdict: see `internlm2 eval show RUN --errors`"
+            notes.append(f"{run.folder}: {failed}")
+        notes += [f"{run.folder}: {told}" for told in task.shortenings]
     if not results.keeps_context_limit:
         notes.append(f"{run.folder}: the context limit of the profile was not kept: tokens were not known")
     return notes
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[n]) for line in (head, *rows)) for n in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (head, *rows)
-    ]
 
 
 def sample_text(sample: Sample, *, is_whole: bool = False) -> str:
@@ -137,7 +137,7 @@ def sample_text(sample: Sample, *, is_whole: bool = False) -> str:
     verdict = "error" if sample.error else {1.0: "right", 0.0: "wrong"}.get(sample.score, f"{sample.score:g}")
     facts = [
         (sample.dropped_shots, f"{sample.dropped_shots} examples dropped"),
-        (sample.cut_tokens, f"{sample.cut_tokens} tokens cut from the beginning"),
+        (sample.cut_tokens, f"{sample.cut_tokens} tokens cut from the prompt"),
         (sample.finish_reason == "length", "the answer was cut"),
     ]
     told = "".join(f", {text}" for holds, text in facts if holds)
@@ -150,11 +150,3 @@ def sample_text(sample: Sample, *, is_whole: bool = False) -> str:
     ]
     lines += [sample.error] if sample.error else []
     return "\n".join(map(visible, lines))
-
-
-def visible(text: str) -> str:
-    """Control characters as their codes, line breaks and tabs as they are."""
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else f"\\x{ord(char):02x}"
-        for char in text
-    )

@@ -4,7 +4,7 @@ A `Task` is bound to a profile and to base or chat mode when it is built (`inter
 files and does arithmetic; asking a model and running programs are the caller's part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -33,6 +33,20 @@ class TextPrompt:
     def text(self) -> str:
         """The whole prompt."""
         return self.head + "".join(self.shots) + self.tail
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other prompt: the text itself."""
+        return self.text
+
+    @property
+    def record(self) -> str:
+        """What a sample keeps of it: all."""
+        return self.text
+
+    def written(self) -> "TextPrompt":
+        """As a model is given it."""
+        return self
 
     def with_shots(self, count: int) -> "TextPrompt":
         """The same question after the first `count` examples."""
@@ -71,9 +85,67 @@ class ChatPrompt:
         turns = "".join(f"{IM_START}{turn.role}\n{turn.content}{IM_END}\n" for turn in self.turns)
         return f"{turns}{IM_START}assistant\n"
 
+    @property
+    def identity(self) -> str:
+        """What tells it from every other prompt: the text itself."""
+        return self.text
+
+    @property
+    def record(self) -> str:
+        """What a sample keeps of it: all."""
+        return self.text
+
+    def written(self) -> "ChatPrompt":
+        """As a model is given it."""
+        return self
+
     def with_shots(self, count: int) -> "ChatPrompt":
         """The same question after the first `count` examples."""
         return replace(self, shots=self.shots[:count])
+
+
+RECORD_CHARACTERS = 400
+
+
+@dataclass(frozen=True)
+class LongPrompt:
+    """A prompt that is written only when it is asked, and then again each time: thousands of them need no room.
+
+    write: gives the prompt, the same at every call. recipe: what it is made of, where that tells it from every other
+    prompt; "": the text does. A prompt with a recipe is kept in samples by its ends only.
+    """
+
+    write: Callable[[], TextPrompt | ChatPrompt] = field(compare=False)
+    recipe: str = ""
+    shots: tuple[()] = ()
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        return self.write().text
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other prompt."""
+        return self.recipe or self.text
+
+    @property
+    def record(self) -> str:
+        """What a sample keeps of it; `internlm2 eval prompt` writes the whole again."""
+        text = self.text
+        left_out = len(text) - 2 * RECORD_CHARACTERS
+        if not self.recipe or left_out <= 0:
+            return text
+        start, end = text[:RECORD_CHARACTERS], text[-RECORD_CHARACTERS:]
+        return f"{start}\n[{left_out} characters are not kept; {self.recipe}]\n{end}"
+
+    def with_shots(self, count: int) -> "LongPrompt":
+        """Itself: there are no examples to drop."""
+        return self
+
+    def written(self) -> TextPrompt | ChatPrompt:
+        """As a model is given it."""
+        return self.write()
 
 
 @dataclass(frozen=True)
@@ -88,18 +160,23 @@ class Item:
     texts that end an answer earlier, and change the score only of answers that go astray; for whoever is in a hurry.
 
     fields: what else the scorer needs, such as the tests of a program.
+
+    is_long: long texts are what is tested, so that only the model's own context limit counts, not the profile's.
+    cuts_middle: a prompt that is too long loses its middle, not its beginning.
     """
 
     task: str
     subset: str
     index: int
     gold: str
-    prompt: TextPrompt | ChatPrompt
+    prompt: TextPrompt | ChatPrompt | LongPrompt
     labels: tuple[str, ...] = ()
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
     early_stop: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
+    is_long: bool = False
+    cuts_middle: bool = False
 
     @property
     def key(self) -> str:
@@ -133,20 +210,30 @@ class Verdict:
 
 
 class ProgramRunner(Protocol):
-    """Runs a Python program that a model wrote, in a sandbox."""
+    """Runs a Python program that a model wrote against its tests, in a sandbox."""
 
-    def __call__(self, program: str, timeout_seconds: float) -> bool:
-        """Whether the program ran to its end in time without an error."""
+    def __call__(
+        self, program: str, timeout_seconds: float, *, tests: str, entry_points: Sequence[str]
+    ) -> bool:
+        """Whether the program, and then every test, ran to its end in time without an error.
+
+        tests: Python text that the program must not be able to touch. entry_points: names that it takes from the
+        program, whatever else they mean in Python.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Average:
-    """A row of the results over several subsets. is_weighted: by the items of each subset; else all count alike."""
+    """A row of the results over several subsets.
+
+    is_weighted: by the items of each subset; else all count alike, or as `weights` says, one for each subset.
+    """
 
     name: str
     subsets: tuple[str, ...]
     is_weighted: bool = False
+    weights: tuple[float, ...] = ()
 
 
 class Task(Protocol):

@@ -157,9 +157,9 @@ def test_the_page_uses_flags_that_exist(sample, tmp_path, capsys):
         line.partition("#")[0].split() for line in page.splitlines() if line.startswith("internlm2 eval")
     ]
     commands = [words[2:] for words in lines if words[2] in ("run", "show", "table")]
-    assert len(commands) == 7
+    assert len(commands) >= 7
     for words in commands:
         given = [str(sample.path / "none") if word == "data" else word for word in words]
         assert internlm2("eval", *given) == 2
         told = capsys.readouterr().err
-        assert "is not in" in told or "There is no runs/" in told, told
+        assert any(one in told for one in ("is not in", "There is no runs/", "put its tokenizer.model")), told

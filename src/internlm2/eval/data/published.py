@@ -43,8 +43,30 @@ SOURCES: Mapping[str, Source] = {
     ),
     "ceval": Source("CC-BY-NC-SA-4.0", "https://cevalbenchmark.com", "ceval/ceval-exam"),
     "cmmlu": Source("CC-BY-NC-4.0", "https://github.com/haonan-li/CMMLU", "haonan-li/cmmlu"),
+    "needle": Source(
+        "Skywork Community License; vocabulary MIT",
+        "https://github.com/SkyworkAI/Skywork (its history) and "
+        "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken",
+        note="for the profile `fixed` put the model's tokenizer.model or tokenizer.json into needle/",
+    ),
+    "needle_en": Source(
+        "essays (c) Paul Graham", "https://github.com/gkamradt/LLMTest_NeedleInAHaystack/tree/7b90d285"
+    ),
+    "needlebench": Source("Apache-2.0", "https://huggingface.co/datasets/opencompass/NeedleBench"),
+    "longbench": Source(
+        "MIT; per source own terms",
+        "https://huggingface.co/datasets/THUDM/LongBench",
+        note="the two files of prompts and lengths are in LongBench/config of https://github.com/THUDM/LongBench",
+    ),
+    "leval": Source("GPL-3.0", "https://github.com/OpenLMLab/LEval/tree/cd34b050/LEval-data"),
+    "ifeval": Source(
+        "Apache-2.0",
+        "https://github.com/google-research/google-research/tree/master/instruction_following_eval",
+    ),
 }
 """By benchmark; "shots" are the worked examples of GSM8K, MATH and MBPP, which stand in OpenCompass' code."""
+OPTIONAL = frozenset(("ceval", "cmmlu", "needle", "needle_en", "needlebench", "longbench", "leval", "ifeval"))
+"""Benchmarks that are not on the model card; their files may be missing."""
 PACK_URL = "https://github.com/open-compass/opencompass/releases (OpenCompassData-core)"
 
 

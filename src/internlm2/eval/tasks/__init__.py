@@ -14,7 +14,12 @@ from internlm2.eval.task import EvalError, Item, Task
 from internlm2.eval.tasks.agieval import AGIEval
 from internlm2.eval.tasks.arithmetic import GSM8K, MATH
 from internlm2.eval.tasks.bbh import BBH
+from internlm2.eval.tasks.instructions import IFEval
 from internlm2.eval.tasks.knowledge import Knowledge
+from internlm2.eval.tasks.long.leval import LEval
+from internlm2.eval.tasks.long.longbench import LongBench
+from internlm2.eval.tasks.long.needle import NeedleTest
+from internlm2.eval.tasks.long.needle_forms import FORMS as NEEDLES
 from internlm2.eval.tasks.programs import HumanEval, SanitizedMBPP
 
 TASKS: Mapping[str, Callable[[Profile, bool], Task]] = {
@@ -27,6 +32,10 @@ TASKS: Mapping[str, Callable[[Profile, bool], Task]] = {
     "sanitized_mbpp": SanitizedMBPP,
     "ceval": partial(Knowledge, "ceval"),
     "cmmlu": partial(Knowledge, "cmmlu"),
+    "ifeval": IFEval,
+    "longbench": LongBench,
+    "leval": LEval,
+    **{name: partial(NeedleTest, name) for name in NEEDLES},
 }
 """Every benchmark; the first seven are those of the model card, in its order."""
 CARD_TASKS = tuple(TASKS)[:7]

@@ -1,8 +1,10 @@
 """HumanEval and MBPP: programs, judged by running their tests (a82cae, 8e312c and sanitized_mbpp 1e1056).
 
-What a model wrote is never run here: the caller's runner does that, in a sandbox.
+What a model wrote is never run here: the caller's runner does that, in a sandbox, with the tests out of its reach.
 """
 
+import ast
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,11 +29,34 @@ MBPP_TIMEOUT_SECONDS = 2.0  # OpenCompass sets an alarm at 2 s inside a process 
 MENDED_TIMEOUT_SECONDS = 20.0  # a reference program takes 3 s and more
 
 
-def _verdict(
-    item: Item, extracted: str, program: str, timeout_seconds: float, run: ProgramRunner | None
-) -> Verdict:
-    passed = require_runner(item, run)(program, timeout_seconds)
-    return Verdict(float(passed), extracted, "the tests passed" if passed else "the tests failed")
+@dataclass(frozen=True)
+class _Trial:
+    """A program with its tests; see `ProgramRunner`."""
+
+    program: str
+    tests: str
+    entry_points: Sequence[str]
+    timeout_seconds: float
+
+    def verdict(self, item: Item, extracted: str, run: ProgramRunner | None) -> Verdict:
+        passed = require_runner(item, run)(
+            self.program, self.timeout_seconds, tests=self.tests, entry_points=self.entry_points
+        )
+        return Verdict(float(passed), extracted, "the tests passed" if passed else "the tests failed")
+
+
+def _before(source: str, name: str) -> str:
+    """The imports and helpers that stand before the function `name` in the prompt: tests may use them too."""
+    tree = ast.parse(f"{source}    pass\n")
+    line = next(one.lineno for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == name)
+    return "".join(source.splitlines(keepends=True)[: line - 1])
+
+
+def _defined(program: str, tests: str) -> list[str]:
+    """The functions and classes of a reference program that the tests name, such as "sum"."""
+    found = re.findall(r"^(?:async def|def|class) +(\w+)", program, re.MULTILINE)
+    named = set(re.findall(r"\w+", tests))
+    return [name for name in found if name in named]
 
 
 @dataclass(frozen=True)
@@ -72,9 +97,9 @@ class HumanEval:
             completion = code.humaneval_2(output)
         else:
             completion = code.humaneval_1(output)
-        check = f"check({item.fields['entry_point']})"
-        program = f"{item.fields['prompt']}{completion}\n{item.fields['test']}\n{check}"
-        return _verdict(item, completion, program, TIMEOUT_SECONDS, run)
+        name, source = item.fields["entry_point"], item.fields["prompt"]
+        tests = f"{_before(source, name)}{item.fields['test']}\ncheck({name})"
+        return _Trial(f"{source}{completion}", tests, (name,), TIMEOUT_SECONDS).verdict(item, completion, run)
 
 
 @dataclass(frozen=True)
@@ -120,11 +145,11 @@ class SanitizedMBPP:
 
     def score(self, item: Item, output: str, run: ProgramRunner | None = None) -> Verdict:
         """See `Task.score`."""
-        if "mbpp" in self.profile.mends:
-            extracted = mended.whole_program(output)
-            program = f"{item.fields['imports']}\n{extracted}\n{item.fields['tests']}"
-        else:
-            extracted = code.mbpp(output)
-            program = f"{extracted}\n{item.fields['tests']}"
-        timeout_seconds = MENDED_TIMEOUT_SECONDS if "mbpp" in self.profile.mends else MBPP_TIMEOUT_SECONDS
-        return _verdict(item, extracted, program, timeout_seconds, run)
+        is_mended = "mbpp" in self.profile.mends
+        extracted = (mended.whole_program if is_mended else code.mbpp)(output)
+        imports, tests = (f"{item.fields['imports']}\n" if is_mended else ""), item.fields["tests"]
+        trial = _Trial(
+            f"{imports}{extracted}", f"{imports}{tests}", _defined(item.gold, tests),
+            MENDED_TIMEOUT_SECONDS if is_mended else MBPP_TIMEOUT_SECONDS,
+        )  # fmt: skip
+        return trial.verdict(item, extracted, run)

@@ -1,0 +1,1 @@
+"""Results for people: tables in several forms, a page to browse, pictures."""
