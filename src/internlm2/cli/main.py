@@ -33,6 +33,7 @@ app.command(
 )
 app.command("internlm2.cli.serve:serve", help="Serve a model over HTTP, as OpenAI's API.")
 app.command("internlm2.cli.serve:key", help="Make an API key for `serve`.")
+app.command("internlm2.cli.agent:agent", help="Answer questions with tools: calculator, Python, files, MCP.")
 app.command("internlm2.cli.bench:bench", help="Measure speed and memory of a model on this machine.")
 app.command(
     "internlm2.cli.doctor:doctor", help="Examine your installation and a model folder. Exit code 1: wrong."
@@ -41,6 +42,8 @@ model_app = App(name="model", help="Download, examine, convert and export models
 model_app.command("internlm2.cli.model:download", help="Fetch a model, continuing an earlier try.")
 model_app.command("internlm2.cli.model:info", help="Sizes, parameters and memory of a model.")
 model_app.command("internlm2.cli.model:convert", help="Any format to an official InternLM2 folder.")
+model_app.command("internlm2.cli.model:quantize", help="A model with int8 or int4 weights, for others too.")
+model_app.command("internlm2.cli.model:cache", help="Show or remove packed weights that are kept on disk.")
 model_app.command("internlm2.cli.model:export", help="A model to another format: llama, gguf, internevo.")
 app.command(model_app)
 eval_app = App(name="eval", help="Benchmarks as the model card ran them.", help_epilogue="")
@@ -51,6 +54,14 @@ eval_app.command(
 eval_app.command("internlm2.cli.eval:run", help="Evaluate a model, or go on with a run that was begun.")
 eval_app.command("internlm2.cli.eval:show", help="Samples of a run: prompt, answer and verdict.")
 eval_app.command("internlm2.cli.eval:table", help="The model card's table for one or more runs.")
+eval_app.command("internlm2.cli.report:report", help="One HTML file to browse runs with.")
+eval_app.command("internlm2.cli.report:plot", help="Scores as bars; needle tests as maps and curves.")
+eval_app.command("internlm2.cli.shards:merge", help="One run of the shards of several machines.")
+eval_app.command(
+    "internlm2.cli.contamination:contamination", help="Whether a model has seen a benchmark: losses compared."
+)
+eval_app.command("internlm2.cli.harness:lm_eval", help="lm-evaluation-harness on our engine.", help_flags=())
+eval_app.command("internlm2.cli.perplexity:perplexity", help="Perplexity of texts, by token, word and byte.")
 app.command(eval_app)
 
 

@@ -1,0 +1,1 @@
+"""A tool from a typed Python function: its schema, and arguments that are held to it."""
