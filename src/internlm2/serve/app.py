@@ -13,7 +13,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -31,11 +30,11 @@ from internlm2.serve.api.schema import Json
 from internlm2.serve.api.vectors import reward_routes, vector_routes
 from internlm2.serve.errors import ApiError
 from internlm2.serve.guard import Guard
+from internlm2.serve.page import WEB_FOLDER, add_page
 from internlm2.serve.service import Service
 
 _log = logging.getLogger(__name__)
 _NUM_THREADS = 32
-WEB_FOLDER = Path(__file__).parent / "web"
 _STATUSES = {
     "400": "The request is wrong; the message says how.",
     "401": "The API key is missing or unknown.",
@@ -65,7 +64,7 @@ def create_app(service: Service, *, web_folder: Path = WEB_FOLDER) -> ASGIApp:
     for routes in families:
         app.include_router(routes(service))
     _describe(app)
-    _add_web(app, web_folder)
+    add_page(app, web_folder)
     _answer_errors(app)
     guarded: ASGIApp = Guard(app, service)
     if service.settings.cors_origins:
@@ -202,20 +201,3 @@ def _page(schema: Json) -> str:
         text = html.escape(json.dumps(each, indent=2, ensure_ascii=False))
         parts.append(f'<h3 id="{name}">{name}</h3><pre>{text}</pre>')
     return "\n".join(parts)
-
-
-def _add_web(app: FastAPI, folder: Path) -> None:
-    """The page at `/` and its files under `/web/`, when there is one."""
-    index = folder / "index.html"
-    if not index.is_file():
-        return
-    app.mount("/web", StaticFiles(directory=folder), name="web")
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        headers = {
-            "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-        }
-        return HTMLResponse(index.read_text(encoding="utf-8"), headers=headers)

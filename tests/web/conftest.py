@@ -1,0 +1,17 @@
+"""A server and a browser for the tests of the page."""
+
+import pytest
+from page_stories import telling
+
+from internlm2 import LLM
+
+
+@pytest.fixture(scope="session")
+def page_llm(official_folder):
+    return LLM(official_folder, dtype="float32", memory_gib=0.02, max_num_seqs=8, max_model_len=4096)
+
+
+@pytest.fixture(scope="module")
+def told(page_llm):
+    with telling(page_llm) as pair:
+        yield pair
