@@ -3,16 +3,18 @@
 from pathlib import Path
 
 from internlm2.checkpoint.config_json import CONFIG_FILE, is_llama, read_json
+from internlm2.checkpoint.formats.compressed_tensors import QuantizedCheckpoint
 from internlm2.checkpoint.formats.internevo import InternEvoCheckpoint
 from internlm2.checkpoint.formats.llama import LlamaCheckpoint
 from internlm2.checkpoint.formats.official import OfficialCheckpoint
+from internlm2.checkpoint.formats.quantization_config import is_quantized
 from internlm2.checkpoint.gguf.read import GGUFCheckpoint
 from internlm2.checkpoint.source import Checkpoint
 from internlm2.errors import CheckpointError
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open an official folder, a Llama-layout folder, a GGUF file or folder, or InternEvo training shards.
+    """Open an official or Llama-layout folder, plain or quantised, a GGUF file or folder, or InternEvo shards.
 
     Reads headers only. Raises CheckpointError when nothing there is a model.
     """
@@ -25,7 +27,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist. Check the path, or give a Hugging Face id.")
     if (path / CONFIG_FILE).exists():
-        if is_llama(read_json(path / CONFIG_FILE)):
+        data = read_json(path / CONFIG_FILE)
+        if is_quantized(data):
+            return QuantizedCheckpoint(path)
+        if is_llama(data):
             return LlamaCheckpoint(path)
         return OfficialCheckpoint(path)
     if (path / "model_config.pt").exists():

@@ -28,6 +28,9 @@ _CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
 }
 
 
@@ -91,7 +94,7 @@ def write_shards(
 
 
 def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    return TensorInfo(info.shape, dtype or info.dtype, info.file)
+    return TensorInfo(info.shape, (info.dtype.is_floating_point and dtype) or info.dtype, info.file)
 
 
 def _write_safetensors(
@@ -116,7 +119,10 @@ def _write_safetensors(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name, info in tensors:
-            tensor = cast(read(name), info.dtype, name=name).contiguous()
+            tensor = read(name)
+            if info.dtype.is_floating_point:
+                tensor = cast(tensor, info.dtype, name=name)
+            tensor = tensor.contiguous()
             assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
             report(info.num_bytes / 1e6)

@@ -4,6 +4,7 @@
 is a `Checkpoint` that knows how to make each official tensor, so loading and converting need no special case.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,14 @@ class Checkpoint(Protocol):
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Official name -> shape of every tensor that a model of this shape has; built on the meta device."""
+    return dict(_expected_shapes(config))
+
+
+@functools.lru_cache(maxsize=4)  # a start asks several times, and a large network takes a while to build
+def _expected_shapes(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     with torch.device("meta"):
         model = build_model(config)
-    return {name: tuple(p.shape) for name, p in model.parameters_by_checkpoint_name().items()}
+    return tuple((name, tuple(p.shape)) for name, p in model.parameters_by_checkpoint_name().items())
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -137,7 +143,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor
     """`tensor` in `dtype`. Raises CheckpointError when a finite value would become infinite."""
     result = tensor.to(dtype)
     narrows = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrows and bool(tensor.isfinite().all()) and not bool(result.isfinite().all()):
+    if narrows and not bool(result.isfinite().all()) and bool(tensor.isfinite().all()):
         raise CheckpointError(
             f"Tensor {name} holds values up to {tensor.abs().max():.3g}, beyond {dtype_name(dtype)}'s "
             f"{torch.finfo(dtype).max:.4g}. Choose bfloat16 or float32."

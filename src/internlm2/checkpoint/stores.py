@@ -4,6 +4,7 @@ Every file is checked before a byte of it is used: names stay inside the folder,
 what the index promises is there.
 """
 
+import functools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,16 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def open_store(folder: Path) -> Store:
-    """The weights of a folder: safetensors when there are any, else .bin. Raises CheckpointError when none."""
-    for name, store in (("model.safetensors", SafetensorsStore), ("pytorch_model.bin", TorchBinStore)):
+_SAFETENSORS_INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
+
+
+def open_store(folder: Path, *, allow_integers: bool = False) -> Store:
+    """The weights of a folder: safetensors when there are any, else .bin. Raises CheckpointError when none.
+
+    allow_integers: whole numbers too, as quantised safetensors hold them.
+    """
+    safetensors_store = functools.partial(SafetensorsStore, allow_integers=allow_integers)
+    for name, store in (("model.safetensors", safetensors_store), ("pytorch_model.bin", TorchBinStore)):
         if (folder / f"{name}.index.json").exists():
             return store(folder, _files_of_index(folder, folder / f"{name}.index.json"))
         if (folder / name).exists():
@@ -73,9 +81,12 @@ def _check_once(path: Path, new: Mapping[str, TensorInfo], known: Mapping[str, T
 class SafetensorsStore:
     """One or more .safetensors files. Reading maps the file; the mapping ends with the tensor."""
 
-    def __init__(self, folder: Path, files: Mapping[str, set[str] | None]) -> None:
+    def __init__(
+        self, folder: Path, files: Mapping[str, set[str] | None], *, allow_integers: bool = False
+    ) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self._dtypes = _SAFETENSORS_DTYPES | (_SAFETENSORS_INTEGERS if allow_integers else {})
         for file, promised in files.items():
             infos = self._scan(file)
             _check_promise(folder / file, promised, set(infos))
@@ -89,7 +100,7 @@ class SafetensorsStore:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.offset_keys():
                     view = opened.get_slice(name)
-                    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+                    dtype = self._dtypes.get(view.get_dtype())
                     if dtype is None:
                         raise CheckpointError(
                             f"{path}: tensor {name} has dtype {view.get_dtype()}; only float weights are read. "

@@ -1,4 +1,4 @@
-"""`internlm2 model`: download, info, convert, export."""
+"""`internlm2 model`: download, info, convert, export, quantize, cache."""
 
 import json
 from pathlib import Path
@@ -100,3 +100,89 @@ def export(
     checkpoint = open_checkpoint(resolve_model(model))
     export_checkpoint(checkpoint, target, to=to, dtype=dtype, tp=tp, pp=pp, adapt_hf=adapt_hf)
     print(target)
+
+
+def quantize(
+    model: ModelArgument,
+    target: Annotated[Path, Parameter(help="New folder.")],
+    *,
+    to: Annotated[Literal["int8", "int4"], Parameter(help="Bits of each weight.")],
+    method: Annotated[
+        Literal["gptq", "rtn"],
+        Parameter(help="gptq: errors are made up for, with the help of a text. rtn: to the nearest; quick."),
+    ] = "gptq",
+    group: Annotated[int, Parameter(help="Columns that share a scale: 32, 64 or 128.")] = 32,
+    symmetric: Annotated[
+        bool, Parameter(help="int4 without zeros: more programs read it, more is lost.", negative=())
+    ] = False,
+    calibration: Annotated[
+        Path | None, Parameter(help="Text for gptq; default: a small one of English, Chinese and code.")
+    ] = None,
+    calibration_tokens: Annotated[int, Parameter(help="So much of it, at most.")] = 16_384,
+    layout: Annotated[
+        Literal["llama", "internlm2"], Parameter(help="llama: what vLLM and transformers read.")
+    ] = "llama",
+    dtype: Annotated[
+        Dtype | None,
+        Parameter(help="Of embedding, norms and head; default: as they are, float32 as bfloat16."),
+    ] = None,
+    report: Annotated[
+        bool, Parameter(help="Measure and print what was lost, and keep it as loss.json.", negative=())
+    ] = False,
+    text: Annotated[Path | None, Parameter(help="Text for the report; default: a small one of ours.")] = None,
+    report_tokens: Annotated[int, Parameter(help="So much of it, at most.")] = 8_192,
+    json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
+) -> None:
+    """Write a model with its linears in int8 or int4, as compressed-tensors; one layer at a time is in memory."""
+    from internlm2.checkpoint.quantize import QuantizeOptions
+    from internlm2.checkpoint.quantize_command import quantize_model_folder
+    from internlm2.checkpoint.source import parse_dtype
+
+    options = QuantizeOptions(
+        kind=to,
+        method=method,
+        group=group,
+        symmetric=symmetric,
+        layout=layout,
+        dtype=None if dtype is None else parse_dtype(dtype),
+    )
+    loss = quantize_model_folder(
+        model,
+        target,
+        options,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        report=report,
+        text=text,
+        report_tokens=report_tokens,
+    )
+    if json_output:
+        print(json.dumps({"folder": str(target), "loss": None if loss is None else loss.as_json()}, indent=2))
+        return
+    if loss is not None:
+        print(loss.as_text() + "\n")
+    print(target)
+
+
+def cache(
+    *,
+    clear: Annotated[bool, Parameter(help="Remove them all.", negative=())] = False,
+    json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
+) -> None:
+    """Show or remove the packed weights that are kept so that `--quantization` starts quickly."""
+    from internlm2.checkpoint.load_packed import default_cache
+    from internlm2.checkpoint.packed_cache import MAX_CACHE_BYTES
+
+    packed = default_cache()
+    freed = packed.clear() if clear else 0
+    entries = packed.entries()
+    total = sum(entry.num_bytes for entry in entries)
+    if json_output:
+        data = {"folder": str(packed.root), "num_files": len(entries), "bytes": total, "freed_bytes": freed}
+        print(json.dumps(data | {"max_bytes": MAX_CACHE_BYTES}, indent=2))
+        return
+    if clear:
+        print(f"{freed / 1e6:,.1f} MB freed.")
+    print(
+        f"{packed.root}: {len(entries)} files, {total / 1e6:,.1f} MB of at most {MAX_CACHE_BYTES / 1e6:,.0f} MB."
+    )

@@ -25,7 +25,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         # NOTE: no padding_idx: pad is eos (2), and the official `padding_idx=2` keeps </s> from being trained.
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        # Drawing on the meta device draws nothing, but makes torch import its compiler, a second of every start.
+        empty = torch.empty(shape) if torch.get_default_device().type == "meta" else None
+        self.tok_embeddings = nn.Embedding(*shape, _weight=empty)
         self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

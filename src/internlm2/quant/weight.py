@@ -25,12 +25,14 @@ class WeightFormat:
 
     group: columns that share a scale. has_zeros: int4 with a zero of each group's own. activation_bits: 8, or 15, which
     takes two products for each weight: free while the memory is the limit, half the speed from about 8 rows on.
+    whole_zeros: zeros are whole numbers, as files hold them, and not sixteenths.
     """
 
     kind: Kind
     group: int = 0
     has_zeros: bool = False
     activation_bits: int = 8
+    whole_zeros: bool = False
 
 
 # int8 is for those who want nothing lost, and with 8 bits the activations lose more than the weights do
@@ -40,6 +42,75 @@ FORMATS: dict[str, WeightFormat] = {
     "int8": WeightFormat("int8", 32, activation_bits=15),
     "int4": WeightFormat("int4", 32, has_zeros=True),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A rounded matrix: scale * (q - zero), for every group of columns.
+
+    q: (N, C), int8, or uint8 for int4. scales: (N, groups) of a floating dtype. zeros: (N, groups) whole numbers of
+    sixteenths; None: 0 for int8 and 8 for int4.
+    """
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    group: int
+
+    @property
+    def kind(self) -> Kind:
+        """int8 or int4."""
+        return "int8" if self.q.dtype == torch.int8 else "int4"
+
+    def values(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix again, (N, C), computed in `dtype`: exact in float32."""
+        groups = F.pad(self.q, (0, self.scales.shape[1] * self.group - self.q.shape[1]))
+        groups = groups.view(len(self.q), -1, self.group).to(dtype)
+        if self.zeros is not None:
+            groups = groups - (self.zeros.float() / 16).to(dtype)[..., None]
+        elif self.kind == "int4":
+            groups = groups - 8
+        return (groups * self.scales.to(dtype)[..., None]).flatten(1)[:, : self.q.shape[1]]
+
+    def is_like(self, other: "Rounded") -> bool:
+        """Whether both can be one gated weight."""
+        return (self.kind, self.group, self.zeros is None) == (other.kind, other.group, other.zeros is None)
+
+    def for_kernels(self) -> "Rounded | None":
+        """The same matrix as the kernels take it, or None where they would have to round it again.
+
+        Groups larger than theirs are cut; int8 has no zeros there, and scales are bfloat16.
+        """
+        group = next((g for g in (256, 192, 128, 96, 64, 32) if self.group % g == 0), None)
+        scales = self.scales.to(torch.bfloat16)
+        if group is None or (self.kind == "int8" and self.zeros is not None):
+            return None
+        if not torch.equal(scales.to(self.scales.dtype), self.scales):
+            return None
+        times, most = self.group // group, -(-self.q.shape[1] // group)
+        zeros = None if self.zeros is None else _repeat(self.zeros, times, most).to(torch.uint8)
+        return Rounded(self.q, _repeat(scales, times, most), zeros, group)
+
+
+def _repeat(values: torch.Tensor, times: int, most: int) -> torch.Tensor:
+    return values.repeat_interleave(times, dim=1)[:, :most].contiguous()
+
+
+def pack_rounded(
+    weight: Rounded, *, gate: Rounded | None = None, bias: torch.Tensor | None = None, activation_bits: int
+) -> PackedWeight:
+    """Pack what `Rounded.for_kernels` gave; nothing is rounded. gate: of the same kind, group and zeros or none."""
+    assert gate is None or gate.is_like(weight)
+    if weight.kind == "int8":
+        gate_parts = None if gate is None else (gate.q, gate.scales)
+        return pack_int8(
+            weight.q, weight.scales, group=weight.group, gate=gate_parts, bias=bias, activation_bits=activation_bits
+        )  # fmt: skip
+    others = None if gate is None else (gate.q, gate.scales, gate.zeros)
+    return pack_int4(
+        weight.q, weight.scales, weight.zeros, group=weight.group, gate=others, bias=bias,
+        activation_bits=activation_bits,
+    )  # fmt: skip
 
 
 def parse_format(name: str) -> WeightFormat:
@@ -71,23 +142,23 @@ def quantize_weight(
     if fmt.kind == "bfloat16":
         return pack_bfloat16(weight, gate=gate, bias=bias)
     group = fitting_group(weight.shape[1], fmt.group)
-    q, scales, zeros = round_weight(weight, fmt, group)
-    others = None if gate is None else round_weight(gate, fmt, group)
-    if fmt.kind == "int8":
-        gate_parts = None if others is None else others[:2]
-        return pack_int8(
-            q, scales, group=group, gate=gate_parts, bias=bias, activation_bits=fmt.activation_bits
-        )
-    return pack_int4(
-        q, scales, zeros, group=group, gate=others, bias=bias, activation_bits=fmt.activation_bits
+    return pack_rounded(
+        Rounded(*round_weight(weight, fmt, group), group),
+        gate=None if gate is None else Rounded(*round_weight(gate, fmt, group), group),
+        bias=bias,
+        activation_bits=fmt.activation_bits,
     )
 
 
 @torch.no_grad()
 def round_weight(
-    weight: torch.Tensor, fmt: WeightFormat, group: int
+    weight: torch.Tensor, fmt: WeightFormat, group: int, *, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(N, C) -> q (N, C) int8 or uint8; scales (N, groups) bfloat16; zeros (N, groups) uint8 in sixteenths, or None."""
+    """(N, C) -> q (N, C) int8 or uint8; scales (N, groups) bfloat16; zeros (N, groups) uint8 in sixteenths, or None.
+
+    importance: (C,), how much the squared error of each column counts when an int4 scale is chosen; default: equally.
+    Raises RequestError when a weight is not finite.
+    """
     rows, columns = weight.shape
     num_groups = -(-columns // group)
     is_int8 = fmt.kind == "int8"
@@ -95,6 +166,8 @@ def round_weight(
     scales = torch.empty(rows, num_groups, dtype=torch.bfloat16)
     zeros = torch.empty(rows, num_groups, dtype=torch.uint8) if fmt.has_zeros else None
     step = max(1, _VALUES_AT_ONCE // columns)
+    counts = torch.ones(columns) if importance is None else importance.float()
+    counts = F.pad(counts, (0, num_groups * group - columns)).view(num_groups, group)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         values = F.pad(weight[part].float(), (0, num_groups * group - columns)).view(-1, num_groups, group)
@@ -105,9 +178,9 @@ def round_weight(
         if is_int8:
             rounded, scale = _int8(values)
         elif zeros is None:
-            rounded, scale = _int4(values)
+            rounded, scale = _int4(values, counts)
         else:
-            rounded, scale, zeros[part] = _int4_with_zeros(values)
+            rounded, scale, zeros[part] = _int4_with_zeros(values, counts, is_whole=fmt.whole_zeros)
         q[part] = rounded.flatten(1)[:, :columns].to(q.dtype)
         scales[part] = scale.where(scale.abs() > 2 * _SMALLEST, 0)
     return q, scales, zeros
@@ -118,7 +191,7 @@ def _int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values / scale[..., None]).round_().clamp_(-127, 127), scale
 
 
-def _int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _int4(values: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """scale * (q - 8), q in [0, 15]. The value of largest magnitude takes the longer side, -8, by the scale's sign."""
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0]
     best: tuple[torch.Tensor, ...] | None = None
@@ -126,25 +199,32 @@ def _int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = _stored(largest / -8 * factor)
         q = (values / scale[..., None]).round_().clamp_(-8, 7)
         # The best scale for these whole numbers is a projection; the numbers are then rounded against it.
-        scale = _stored((values * q).sum(-1) / q.square().sum(-1).clamp(min=1), like=scale)
+        length = (q.square() * counts).sum(-1)
+        scale = _stored((values * q * counts).sum(-1) / length.where(length > 0, 1), like=scale)
         q = (values / scale[..., None]).round_().clamp_(-8, 7)
-        error = (q * scale[..., None] - values).square_().sum(-1)
+        error = ((q * scale[..., None] - values).square_() * counts).sum(-1)
         best = _better(best, (error, q, scale))
     assert best is not None
     return best[1] + 8, best[2]
 
 
-def _int4_with_zeros(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """scale * (q - zero), q in [0, 15], zero in [0, 15] by sixteenths. The grid always holds 0 nearly."""
+def _int4_with_zeros(
+    values: torch.Tensor, counts: torch.Tensor, *, is_whole: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale * (q - zero), q in [0, 15], zero in [0, 15], whole or by sixteenths. The grid always holds 0 nearly."""
     low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    steps = 1 if is_whole else 16
     best: tuple[torch.Tensor, ...] | None = None
     for factor in _SHRINK:
         scale = _stored((high - low) / 15 * factor)
         middle = (high + low) / 2 / scale  # the clipped range keeps its middle
-        zero = ((7.5 - middle).clamp(0, 15) * 16).round_() / 16
-        q = (values / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
-        error = ((q - zero[..., None]) * scale[..., None] - values).square_().sum(-1)
-        best = _better(best, (error, q, scale, zero))
+        nearest = (7.5 - middle).clamp(0, 15) * steps
+        # A whole zero may be half a step off, so both neighbours are tried.
+        for choice in (nearest.floor(), nearest.ceil()) if is_whole else (nearest.round(),):
+            zero = choice / steps
+            q = (values / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
+            error = (((q - zero[..., None]) * scale[..., None] - values).square_() * counts).sum(-1)
+            best = _better(best, (error, q, scale, zero))
     assert best is not None
     return best[1], best[2], (best[3] * 16).to(torch.uint8)
 

@@ -111,9 +111,15 @@ def write_llama(
     with files.new_folder(target, need_bytes=total_bytes(tensors, dtype)) as folder:
         write_shards(folder, tensors, source.read, dtype=dtype, max_shard_bytes=max_shard_bytes)
         write_json(folder / CONFIG_FILE, llama_config(config, dtype=dtype_name(stored)))
-        stop_ids = _write_tokenizer(checkpoint, folder)
-        ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-        write_json(folder / "generation_config.json", {"eos_token_id": stop_ids} | ids)
+        write_generation(checkpoint, folder)
+
+
+def write_generation(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the tokenizer, if there is one, and generation_config.json as plain transformers reads them."""
+    config = checkpoint.config
+    stop_ids = _write_tokenizer(checkpoint, folder)
+    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    write_json(folder / "generation_config.json", {"eos_token_id": stop_ids} | ids)
 
 
 def llama_config(config: ModelConfig, *, dtype: str) -> dict[str, object]:

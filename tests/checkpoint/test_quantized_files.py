@@ -1,0 +1,444 @@
+"""Quantised folders: the real compressed-tensors and transformers as oracles, bit-exact reloads, and bad files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from folders import byte_tokenizer_json
+from internlm2 import LLM, SamplingParams
+from internlm2.checkpoint.formats.compressed_tensors import QuantizedCheckpoint, pack_words, unpack_words
+from internlm2.checkpoint.formats.official import ModelCheckpoint
+from internlm2.checkpoint.load import load_model
+from internlm2.checkpoint.load_packed import load_for_inference, load_packed, load_packed_checkpoint
+from internlm2.checkpoint.open import open_checkpoint
+from internlm2.checkpoint.quantize import QuantizeOptions, quantize_checkpoint
+from internlm2.errors import CheckpointError, ExportError, RequestError
+from internlm2.kernels import unpack
+from internlm2.kernels.packed import stored_halves
+from internlm2.model.config import ModelConfig
+from internlm2.model.heads import build_model
+from internlm2.quant.layerwise import sequences
+from internlm2.quant.linear import PackedFeedForward, PackedLinear
+
+CASES = [
+    {"kind": "int4"},
+    {"kind": "int4", "symmetric": True, "method": "rtn"},
+    {"kind": "int8", "method": "rtn"},
+    {"kind": "int8", "group": 64, "method": "rtn"},
+]
+IDS = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(1))
+WORD = "model.layers.0.mlp.up_proj.weight"
+
+
+def tiny(**changes) -> ModelCheckpoint:
+    shape = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bias": True,
+        "reward_token_id": 298,
+    }  # fmt: skip
+    model = build_model(ModelConfig(**(shape | changes)))
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    return ModelCheckpoint(model)
+
+
+def write(folder: Path, checkpoint: ModelCheckpoint | None = None, **options) -> Path:
+    chosen = QuantizeOptions(**({"kind": "int4", "method": "rtn"} | options))
+    quantize_checkpoint(checkpoint or tiny(), folder, chosen, text=IDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("quantized") / "int4")
+
+
+@pytest.fixture
+def copy(int4, tmp_path) -> Path:
+    return Path(shutil.copytree(int4, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, change) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    change(data)
+    (folder / "config.json").write_text(json.dumps(data))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# Against other programs
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_compressed_tensors_itself_gives_the_same_weights_bit_for_bit(tmp_path, options):
+    oracle = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+
+    folder = write(tmp_path / "m", **options)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config.pop("quant_method")
+    parsed = oracle.quantization.QuantizationConfig.model_validate(config)
+    scheme = parsed.config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    stored = load_file(folder / "model.safetensors")
+    ours = open_checkpoint(folder)
+    assert isinstance(ours, QuantizedCheckpoint)
+    for ending, official in (
+        ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.down_proj", "feed_forward.w2"),
+        ("self_attn.o_proj", "attention.wo"),
+    ):
+        for layer in range(2):
+            prefix = f"model.layers.{layer}.{ending}."
+            parts = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+            parts.pop("bias", None)
+            theirs = compressor.decompress(parts, scheme)["weight"]
+            found = ours.read(f"model.layers.{layer}.{official}.weight")
+            assert found.dtype == theirs.dtype == torch.bfloat16
+            assert torch.equal(found, theirs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [8, 37, 64])
+def test_words_are_those_of_compressed_tensors(bits, columns):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    lowest = -(1 << (bits - 1))
+    signed = torch.randint(lowest, -lowest, (5, columns), dtype=torch.int8)
+    ours = signed if bits == 8 else (signed + 8).view(torch.uint8)
+    words = pack_words(ours, bits)
+    assert torch.equal(words, helpers.pack_to_int32(signed, bits))
+    assert torch.equal(unpack_words(words, bits, columns, what="x"), ours)
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+@torch.inference_mode()
+def test_transformers_loads_it_and_computes_the_same(tmp_path, options):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    folder = write(tmp_path / "m", **options)
+    # NOTE: transformers 5.23 reads zeros only when it dequantises (vllm-project/llm-compressor#1704).
+    settings = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=settings
+    )
+    ours = load_model(folder)
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_transformers_loads_the_symmetric_form_without_any_option(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    folder = write(tmp_path / "m", symmetric=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ours = load_model(folder, dtype="bfloat16")
+    # Every linear's weights are the same bits; what differs is the order of bfloat16 sums.
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits.float(), atol=0.1, rtol=0.1)
+
+
+def test_what_compressed_tensors_writes_is_read(tmp_path, int4):
+    """Its own rounding and packing of another matrix, in several forms, put in the place of one of ours."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weight = torch.randn(192, 64).to(torch.float16)
+    forms = [
+        (4, True, "group", 16, "pack-quantized"), (4, False, "group", 64, "pack-quantized"),
+        (8, False, "channel", None, "pack-quantized"), (8, True, "channel", None, "int-quantized"),
+    ]  # fmt: skip
+    for number, (bits, symmetric, strategy, group, form) in enumerate(forms):
+        args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=group)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        scale = torch.rand(192, 64 // (group or 64)).to(torch.float16) * 0.1 + 0.1
+        zero = torch.randint(-3, 4, scale.shape, dtype=torch.int8)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero * (not symmetric)}
+        compressor = BaseCompressor.get_value_from_registry(form)
+        packed = compressor.compress(state, scheme)
+        expected = compressor.decompress(packed, scheme)["weight"]
+        if symmetric:
+            packed.pop("weight_zero_point", None)
+        folder = Path(shutil.copytree(int4, tmp_path / str(number)))
+
+        def put(tensors, parts=packed):
+            for part in ("_packed", "_scale", "_shape", "_zero_point"):
+                tensors.pop(WORD + part)
+            tensors |= {WORD.removesuffix("weight") + key: value.contiguous() for key, value in parts.items()}
+
+        edit_tensors(folder, put)
+        group_json = {"targets": ["Linear"], "format": form, "weights": args.model_dump(mode="json")}
+        edit_config(
+            folder, lambda d, g=group_json: d["quantization_config"]["config_groups"].update(group_1=g)
+        )
+        checkpoint = open_checkpoint(folder)
+        assert torch.equal(checkpoint.read("model.layers.0.feed_forward.w3.weight"), expected)
+        rounded = checkpoint.rounded("model.layers.0.feed_forward.w3.weight")
+        torch.testing.assert_close(rounded.values().half(), expected, atol=1e-3, rtol=1e-3)
+
+
+# Reloading
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("layout", ["llama", "internlm2"])
+@torch.inference_mode()
+def test_packed_weights_are_the_numbers_of_the_file(tmp_path, options, layout):
+    folder = write(tmp_path / "m", layout=layout, **options)
+    checkpoint = open_checkpoint(folder)
+    model = load_packed(folder, dtype="float32")
+    for index, layer in enumerate(model.model.layers):
+        for name in ("attention.wqkv", "attention.wo", "feed_forward.w2"):
+            rounded = checkpoint.rounded(f"model.layers.{index}.{name}.weight")
+            assert torch.equal(unpack(layer.get_submodule(name).packed), rounded.values())
+        w13 = layer.feed_forward.w13.packed
+        for name, stored in zip(("w1", "w3"), stored_halves(w13, unpack(w13).T), strict=True):
+            assert torch.equal(
+                stored.T, checkpoint.rounded(f"model.layers.{index}.feed_forward.{name}.weight").values()
+            )
+    assert torch.equal(load_packed(folder, dtype="float32")(IDS), model(IDS))
+    plain = load_model(folder)(IDS)
+    assert (
+        0 < (model(IDS) - plain).norm() / plain.norm() < 0.02
+    )  # bfloat16 weights, int8 head and activations
+
+
+@torch.inference_mode()
+def test_both_layouts_hold_the_same_numbers(tmp_path):
+    first, second = (
+        open_checkpoint(write(tmp_path / layout, layout=layout)) for layout in ("llama", "internlm2")
+    )
+    assert first.config == second.config
+    for name in first.tensors:
+        assert torch.equal(first.read(name), second.read(name)), name
+    assert (tmp_path / "internlm2" / "config.json").read_text().count('"internlm2"') == 1
+
+
+@torch.inference_mode()
+def test_a_tied_model_and_a_reward_model_come_back(tmp_path):
+    tied = write(tmp_path / "tied", tiny(tie_word_embeddings=True))
+    assert load_packed(tied)(IDS).shape == (2, 50, 300)
+    with pytest.raises(ExportError, match=r"no reward head. Give --layout internlm2"):
+        write(tmp_path / "reward", tiny(head="reward"))
+    reward = write(tmp_path / "reward", tiny(head="reward"), layout="internlm2", kind="int8")
+    plain = tiny(head="reward")
+    model = build_model(plain.config)
+    model.load_state_dict({name: plain.read(name) for name in plain.tensors})
+    torch.testing.assert_close(load_packed(reward, dtype="float32")(IDS), model(IDS), atol=0.05, rtol=0.05)
+
+
+def test_what_the_kernels_cannot_hold_computes_in_floats(copy):
+    """float16 scales are no bfloat16 numbers: rounding them again would change the model."""
+
+    def change(tensors):
+        for name in list(tensors):
+            if name.endswith("_scale"):
+                tensors[name] = (tensors[name].float() * 1.001).to(torch.float16)
+
+    edit_tensors(copy, change)
+    model = load_packed(copy, dtype="float32")
+    assert isinstance(model.model.layers[0].attention.wo, torch.nn.Linear)
+    torch.testing.assert_close(model.hidden_states(IDS), load_model(copy).hidden_states(IDS))
+
+
+def test_groups_larger_than_the_kernels_are_cut_without_loss(tmp_path):
+    folder = write(
+        tmp_path / "m", tiny(hidden_size=512, num_attention_heads=8, intermediate_size=1024), group=128
+    )
+
+    def join(tensors):
+        for name in list(tensors):
+            if name.endswith(("_scale", "_zero_point")):
+                tensors[name] = tensors[name][:, ::4].contiguous()  # a group is 512 now
+
+    edit_tensors(folder, join)
+    edit_config(
+        folder,
+        lambda d: d["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=512),
+    )
+    w2 = load_packed(folder).model.layers[0].feed_forward.w2.packed
+    assert w2.group == 256
+    rounded = open_checkpoint(folder).rounded("model.layers.0.feed_forward.w2.weight")
+    assert rounded.group == 512
+    assert torch.equal(unpack(w2), rounded.values())
+
+
+@pytest.fixture
+def chat(int4, tmp_path) -> Path:
+    folder = Path(shutil.copytree(int4, tmp_path / "chat"))
+    (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    )
+    return folder
+
+
+def test_the_engine_packs_by_itself_and_answers_the_same_every_time(chat):
+    params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=1)
+    llm = LLM(chat)
+    assert isinstance(llm.model.model.layers[0].feed_forward, PackedFeedForward)
+    assert isinstance(llm.model.output, PackedLinear)
+    assert LLM(chat).generate(["Hello"], params) == llm.generate(["Hello"], params)
+    exact = LLM(chat, dtype="float32", deterministic=True)
+    assert isinstance(exact.model.model.layers[0].attention.wo, torch.nn.Linear)
+    ours, theirs = (
+        x.score(["Hel"], ["lo there"])[0].token_logprobs for x in (LLM(chat, dtype="float32"), exact)
+    )
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
+@torch.inference_mode()
+def test_another_quantization_can_be_asked_for(chat):
+    model = LLM(chat, quantization="bfloat16").model
+    assert model.model.layers[0].attention.wo.packed.kind == "bfloat16"
+    checkpoint = open_checkpoint(chat)
+    expected = checkpoint.read("model.layers.0.attention.wo.weight").float()
+    assert torch.equal(unpack(model.model.layers[0].attention.wo.packed), expected)
+
+
+def test_plain_loading_and_gpus(int4):
+    checkpoint = open_checkpoint(int4)
+    half = load_for_inference(checkpoint, dtype="float16", device="cpu", quantization=None)
+    assert half.model.layers[0].attention.wo.weight.dtype == torch.float16
+    auto = load_for_inference(checkpoint, dtype="auto", device="cpu", quantization=None)
+    assert isinstance(auto.model.layers[0].attention.wo, PackedLinear)
+    with pytest.raises(RequestError, match=r"not quantised. Say how: quantization='int8'"):
+        load_packed_checkpoint(tiny())
+
+
+# What is refused
+
+
+def refuse(folder: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_packed(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"already quantised by another tool \(GPTQ\).*internlm2 model quantize"),
+        ({"quant_method": "awq"}, r"another tool \(AWQ\)"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, r"another tool \(bitsandbytes\)"),
+        ({"quant_method": "fp8"}, r"another tool \(fp8\)"),
+        ({"quant_method": "martian"}, r"another tool \(martian\)"),
+        ({"bits": 4}, "a tool that it does not name"),
+        ([1], "must be an object"),
+        ({"quant_method": "compressed-tensors"}, "has no config_groups"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": 3}}, "does not say how weights are stored"),
+    ],
+)  # fmt: skip
+def test_files_of_other_tools_are_named(copy, config, message):
+    edit_config(copy, lambda data: data.update(quantization_config=config))
+    refuse(copy, message)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("weights", {"type": "float", "num_bits": 8}, "'float' with 8 bits; int with 4 or 8 is read"),
+        ("weights", {"num_bits": 3}, "with 3 bits"),
+        ("weights", {"actorder": "group"}, "columns are reordered"),
+        ("weights", {"strategy": "block"}, "strategy is 'block'"),
+        ("weights", {"group_size": -7}, "group_size -7"),
+        ("weights", {"group_size": 64}, "is stored as int4, groups of 32, with zeros, but config.json says int4, groups of 64"),
+        ("weights", {"symmetric": True}, "stored as int4, groups of 32, with zeros"),
+        ("group", {"format": "marlin-24"}, "format is 'marlin-24'"),
+        ("group", {"input_activations": {"dynamic": False, "num_bits": 8}}, "activations are rounded with fixed scales"),
+        ("group", {"output_activations": {"num_bits": 8}}, "activations are rounded with fixed scales"),
+        ("top", {"transform_config": {"config_groups": {"R1": {}}}}, "transforms of the weights"),
+        ("top", {"kv_cache_scheme": {"num_bits": 8}}, "fixed scales for keys and values"),
+        ("top", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
+    ],
+)  # fmt: skip
+def test_schemes_that_are_not_read_are_named(copy, place, change, message):
+    def edit(data):
+        top = data["quantization_config"]
+        group = top["config_groups"]["group_0"]
+        {"top": top, "group": group, "weights": group["weights"]}[place].update(change)
+
+    edit_config(copy, edit)
+    refuse(copy, message)
+
+
+def replaced(part: str, value) -> object:
+    return lambda tensors: tensors.update({WORD + part: value(tensors[WORD + part])})
+
+
+def with_nan(x):
+    x[0, 0] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(WORD + "_scale"), "up_proj.weight_scale is missing beside its weight"),
+        (lambda t: t.pop(WORD + "_packed"), "weight_scale|up_proj.weight"),
+        (lambda t: t.pop(WORD + "_zero_point"), "A tensor is missing"),
+        (replaced("_scale", with_nan), "NaN or infinite"),
+        (replaced("_scale", lambda x: x[:-1].contiguous()), r"weight_scale is torch.bfloat16 of shape \[191, 2\]"),
+        (replaced("_scale", lambda x: x.int()), "must be floating"),
+        (replaced("_scale", lambda x: x.repeat(1, 3)[:, :5].contiguous()), "5 scales a row, which do not divide 64"),
+        (replaced("_packed", lambda x: x[:, :-1].contiguous()), r"shape \[192, 7\], but config.json asks for 192 rows of 64"),
+        (replaced("_packed", lambda x: x.float()), "torch.float32 of shape"),
+        (replaced("_zero_point", lambda x: x[:-1].contiguous()), r"must be torch.int32 of \[24, 2\]"),
+        (replaced("_shape", lambda x: x + 1), r"says \[193, 65\], but config.json asks for \[192, 64\]"),
+        (replaced("_shape", lambda x: x.repeat(2)), "not two whole numbers"),
+        (lambda t: t.update({WORD + "_g_idx": torch.zeros(64, dtype=torch.int32)}), "reorders columns"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "model.norm.weight is torch.int8"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+    ],
+)  # fmt: skip
+def test_damaged_folders_are_refused_with_the_tensor(copy, change, message):
+    edit_tensors(copy, change)
+    refuse(copy, message)
+
+
+def test_values_beyond_the_last_column_are_refused():
+    words = pack_words(torch.full((2, 12), 15, dtype=torch.uint8), 4)
+    words[1, 1] |= 1 << 20
+    with pytest.raises(CheckpointError, match="X holds values beyond its last column"):
+        unpack_words(words, 4, 12, what="X")
+
+
+def test_a_truncated_file_is_refused(copy):
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
+    refuse(copy, "truncated or damaged")
+
+
+# What cannot be written
+
+
+def test_options_that_cannot_be_are_refused(tmp_path, int4):
+    for options, message in (
+        ({"kind": "int3"}, "to is 'int3', but must be 'int8' or 'int4'"),
+        ({"kind": "int4", "method": "magic"}, "method is 'magic'"),
+        ({"kind": "int4", "group": 48}, "group is 48, but must be 32, 64 or 128"),
+        ({"kind": "int4", "layout": "x"}, "layout is 'x'"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            QuantizeOptions(**options)
+    with pytest.raises(
+        RequestError, match=r"has 64 columns, which groups of 128 do not divide. Give --group 32 or 64"
+    ):
+        write(tmp_path / "m", group=128)
+    with pytest.raises(CheckpointError, match="is quantised already"):
+        quantize_checkpoint(open_checkpoint(int4), tmp_path / "m", QuantizeOptions(kind="int4", method="rtn"))
+    with pytest.raises(RequestError, match="needs a text to calibrate with"):
+        quantize_checkpoint(tiny(), tmp_path / "m", QuantizeOptions(kind="int4"))
+    with pytest.raises(RequestError, match="fewer than 2 tokens"):
+        sequences([5])
+    assert list(tmp_path.iterdir()) == []
