@@ -1,33 +1,34 @@
-"""How fast are the linear kernels against the memory? bf16, int8 and int4 for 1 to 16 rows, and torch beside them.
+"""How fast are the kernels against the memory? Products with packed weights, attention over pages, decoding steps.
 
-Run: python benchmarks/kernels.py. Layers of the 1.8B shape, more of them than the caches hold; the streaming-read probe
-runs before and after each sample, and samples during which others used the processor are dropped and repeated.
+Run: python benchmarks/kernels.py [products] [attention] [decoding]. The 1.8B shape with random weights, more of them
+than the caches hold, and the demo model; the streaming-read probe runs before and after each sample, competitors take
+turns, and rounds during which others used the processor are dropped and repeated.
 """
 
-import statistics
+import functools
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from hardware import RESULTS, header
+from kernels_of_layers import attention_rows, decoding_rows, random_packed_model
+from sampling_beside_memory import LOUD, SAMPLES, Meter
 
-from internlm2.engine.bench import foreign_load
+from internlm2.checkpoint.load import load_model
 from internlm2.kernels import PackedWeight, linear, pack_bfloat16, pack_int4, pack_int8
-from internlm2.kernels.library import Library, library
-from internlm2.kernels.packed import allocate
+from internlm2.kernels.library import library
+from internlm2.model.config import preset
+from internlm2.model.heads import CausalLM
+from internlm2.quant.linear import quantize_model
 
 # rows, columns, and whether w1 and w3 are read together
 SHAPES = ((4096, 2048, False), (2048, 2048, False), (8192, 2048, True), (2048, 8192, False))
 NUM_ROWS = (1, 4, 8, 16, 512)
-SAMPLES = 7
-TRIES = 20  # samples at most, the dropped ones counted
-PROBE_BYTES = 256 << 20
 WEIGHT_BYTES = 256 << 20  # eight times the largest cache here
-LOUD = 0.05
 GROUP = 32
+PARTS = ("products", "attention", "decoding")
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,6 @@ class Stack:
     run: Callable[[dict[int, torch.Tensor]], None]
     num_bytes: int
     operations: int  # of one row
-
-
-@dataclass(frozen=True)
-class Sample:
-    """bytes_per_second of weights, and of the probe around it."""
-
-    rate: float
-    probe: float
 
 
 def packed_stack(name: str, make: Callable[[int, int, bool], PackedWeight]) -> Stack:
@@ -98,51 +91,8 @@ def make_int4(
     return pack_int4(*parts, group=group, gate=parts if is_gated else None)
 
 
-def measure(stack: Stack, num_rows: int, built: Library, memory: torch.Tensor) -> tuple[list[Sample], int]:
-    """SAMPLES quiet samples, or as many as TRIES give; and how many were dropped."""
-    x = {columns: torch.randn(num_rows, columns).bfloat16() for columns in (2048, 8192)}
-    stack.run(x)  # builds what is built on first use
-
-    def probe() -> float:
-        start = time.perf_counter()
-        built.read(memory.data_ptr(), len(memory), torch.get_num_threads())
-        return len(memory) / (time.perf_counter() - start)
-
-    kept: list[Sample] = []
-    dropped = 0
-    while len(kept) < SAMPLES and dropped < TRIES - SAMPLES:
-        before = probe()
-        start = time.perf_counter()
-        stack.run(x)
-        seconds = time.perf_counter() - start
-        after = probe()
-        load = foreign_load(0.3)
-        if load is not None and load > LOUD:
-            dropped += 1
-            continue
-        kept.append(Sample(stack.num_bytes / seconds, (before + after) / 2))
-    return kept, dropped
-
-
-def row(stack: Stack, num_rows: int, samples: list[Sample], dropped: int) -> str:
-    """One line of the table."""
-    if len(samples) < 5:
-        quiet = f"too loud: {len(samples)} quiet samples of {len(samples) + dropped}"
-        return f"| {stack.name} | {num_rows} | {quiet} | | | |"
-    rate = statistics.median(sample.rate for sample in samples)
-    shares = sorted(sample.rate / sample.probe for sample in samples)
-    share = f"{statistics.median(shares):.0%} [{shares[0]:.0%}..{shares[-1]:.0%}]"
-    operations = rate / stack.num_bytes * stack.operations * num_rows
-    probe = statistics.median(sample.probe for sample in samples)
-    return f"| {stack.name} | {num_rows} | {rate / 1e9:.1f} | {probe / 1e9:.1f} | {share} | {operations / 1e9:.0f} |"
-
-
-def main() -> None:
-    """Measure every kind at every number of rows and write the result file."""
-    built = library()
-    if built is None:
-        sys.exit("The kernels are not built, so there is nothing to measure.")
-    memory = allocate(PROBE_BYTES).fill_(1)
+def product_rows(meter: Meter) -> Iterator[str]:
+    """Lines of the table of products."""
     makers: dict[str, Callable[[], Stack]] = {
         "bf16": lambda: packed_stack("bf16", make_bfloat16),
         "int8": lambda: packed_stack("int8 g32, 15-bit activations", make_int8),
@@ -156,21 +106,88 @@ def main() -> None:
         "int4 g128": lambda: packed_stack("int4 g128", lambda *shape: make_int4(*shape, group=128)),
         "torch": torch_stack,
     }
-    lines = []
     for make in makers.values():
         stack = make()
         for num_rows in NUM_ROWS:
-            lines.append(row(stack, num_rows, *measure(stack, num_rows, built, memory)))
-            print(lines[-1], flush=True)
-    text = header("Linear kernels against the memory", "python benchmarks/kernels.py", ("torch",))
-    text += (
-        f"Instructions: {built.level_name}; {torch.get_num_threads()} threads. Weights of 1.8B layers (wqkv, wo,\n"
-        "w1 + w3, w2), read once in each pass; medians, and the share of the streaming-read rate measured around each\n"
-        "sample. 512 rows: of interest is GOP/s.\n"
-        f"Samples with foreign load over {LOUD:.0%} are dropped.\n\n"
-        "| weights | rows | GB/s of weights | probe GB/s | share of the probe | GOP/s |\n|---|---|---|---|---|---|\n"
+            x = {columns: torch.randn(num_rows, columns).bfloat16() for columns in (2048, 8192)}
+            samples = meter.measure([functools.partial(stack.run, x)])
+            if not samples.is_enough:
+                yield f"| {stack.name} | {num_rows} | too loud | | | |"
+                continue
+            rate = stack.num_bytes / samples.seconds()
+            operations = stack.operations * num_rows / samples.seconds()
+            yield (
+                f"| {stack.name} | {num_rows} | {rate / 1e9:.1f} | {samples.probe() / 1e9:.1f} | "
+                f"{samples.share(stack.num_bytes)} | {operations / 1e9:.0f} |"
+            )
+
+
+def step_rows(meter: Meter) -> Iterator[str]:
+    """Lines of the table of decoding steps: the demo model, and the 1.8B shape."""
+
+    def demo(kind: str) -> CausalLM:
+        model = load_model("demo", dtype="bfloat16")
+        assert isinstance(model, CausalLM)
+        quantize_model(model, kind)
+        return model.eval()
+
+    kinds = ("bfloat16", "int8", "int4")
+    models = {kind: functools.partial(demo, kind) for kind in kinds}
+    yield from decoding_rows(meter, "demo", models, context=128, num_steps=32)
+    int4 = functools.partial(make_int4, has_zeros=True)
+    shape = preset("1.8b")
+    large = {
+        "bfloat16": functools.partial(random_packed_model, shape, make_bfloat16, make_bfloat16),
+        "int8": functools.partial(random_packed_model, shape, make_int8, make_int8),
+        "int4": functools.partial(random_packed_model, shape, int4, make_int8),
+    }
+    yield from decoding_rows(meter, "1.8B", large, context=512, num_steps=8)
+
+
+def table(title: str, columns: str, lines: Iterator[str]) -> str:
+    """One part of the result file, printed as it comes."""
+    text = f"\n## {title}\n| {columns} |\n{'|---' * (columns.count('|') + 1)}|\n"
+    for line in lines:
+        print(line, flush=True)
+        text += line + "\n"
+    return text
+
+
+def main() -> None:
+    """Measure what the command line names, or everything, and write the result file."""
+    built = library()
+    if built is None:
+        sys.exit("The kernels are not built, so there is nothing to measure.")
+    parts = sys.argv[1:] or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"Unknown: {', '.join(sorted(unknown))}. There are: {', '.join(PARTS)}.")
+    meter = Meter(built)
+    text = header(
+        "Kernels against the memory", "python benchmarks/kernels.py " + " ".join(sys.argv[1:]), ("torch",)
     )
-    (RESULTS / "kernels.md").write_text(text + "\n".join(lines) + "\n")
+    text += (
+        f"Instructions: {built.level_name}; {torch.get_num_threads()} threads. Medians of {SAMPLES} and their range;\n"
+        "shares are of the streaming-read rate measured around each sample. Rounds with foreign load over\n"
+        f"{LOUD:.0%} are dropped.\n"
+    )
+    if "products" in parts:
+        title = "Products with the weights of 1.8B layers (wqkv, wo, w1 + w3, w2); at 512 rows GOP/s count"
+        columns = "weights | rows | GB/s of weights | probe GB/s | share of the probe | GOP/s"
+        text += table(title, columns, product_rows(meter))
+    if "attention" in parts:
+        title = "Attention over pages, 16 heads, 8 key/value heads of 128; torch is `PagedAttend`, in turns"
+        columns = (
+            "keys and values | batch | GB/s of keys and values | share of the probe | GFLOP/s | times torch"
+        )
+        text += table(title, columns, attention_rows(meter))
+    if "decoding" in parts:
+        title = "Greedy decoding steps of one sequence (demo: context 128; 1.8B: 512, random weights), bfloat16 keys"
+        columns = (
+            "model | weights | tokens/s | MB per token | share of the probe | "
+            "times the same weights module by module with torch's attention"
+        )
+        text += table(title, columns, step_rows(meter))
+    (RESULTS / "kernels.md").write_text(text)
 
 
 if __name__ == "__main__":

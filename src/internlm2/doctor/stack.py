@@ -57,12 +57,15 @@ def examine_stack() -> list[Finding]:
 
 
 def _kernels() -> Finding:
-    """Which C++ kernels compute with packed weights; built now if they never were."""
+    """Which C++ kernels compute with packed weights and attend over pages; built now if they never were."""
     built = library()
+    threads = f"{torch.get_num_threads()} threads"
     if built is None:
         remedy = "apt install g++ (or name a compiler in CXX), then start again."
-        return Finding("kernels", "note", "plain torch: right, but slow with packed weights.", remedy)
-    return Finding("kernels", "ok", f"{built.level_name}, {torch.get_num_threads()} threads, {built.path}")
+        what = f"plain torch, {threads}, also for attention: right, but slow with packed weights."
+        return Finding("kernels", "note", what, remedy)
+    uses = f"products, attention over pages and whole packed layers in C++ ({built.level_name}), {threads}"
+    return Finding("kernels", "ok", f"{uses}; {built.path}")
 
 
 def _sandbox() -> Finding:

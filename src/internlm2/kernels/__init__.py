@@ -1,8 +1,8 @@
-"""What torch lacks: matrix products of few rows at the speed of the memory, with packed bf16, int8 or int4 weights.
+"""What torch lacks: products of few rows with packed bf16, int8 or int4 weights, attention over pages, whole layers.
 
 C++ without torch headers (`cpu/`), built when the package is installed or on first use (`build.py`), called through
-ctypes (`library.py`); every function has a plain-torch twin (`twin.py`) that tests compare it with and that runs
-where no compiler is found. `linear` chooses between them.
+ctypes (`library.py`). `linear`, `attention.attend` and `attention.write` have twins in plain torch that tests compare
+with and that run where no compiler is found; `decoder`, all layers in one call, has the network itself as its twin.
 """
 
 from internlm2.kernels.dispatch import linear

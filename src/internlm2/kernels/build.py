@@ -26,6 +26,7 @@ FLAGS = (
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-strict-aliasing",  # words are floats or pairs of bfloat16
 )
 LINK_FLAGS = ("-shared", "-pthread")
 _AVX512 = ("f", "bw", "vl", "dq", "vnni", "bf16")

@@ -38,12 +38,54 @@ class CWeight(ctypes.Structure):
     )
 
 
+class CPages(ctypes.Structure):
+    """`Pages` of layout.h."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("value_scales", ctypes.c_void_p),
+        ("num_slots", ctypes.c_int64),
+        ("num_layers", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("element", ctypes.c_int32),
+    )
+
+
+class CLayer(ctypes.Structure):
+    """`Layer` of layout.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "wqkv", "wo", "w13", "w2")
+    )
+
+
+class CDecoder(ctypes.Structure):
+    """`Decoder` of layout.h."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(CLayer)),
+        ("norm", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("element", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
-    """The functions of linear.cpp. NOTE: ctypes lets go of the GIL while they run."""
+    """The functions that the C++ exports. NOTE: ctypes lets go of the GIL while they run."""
 
     path: Path
     linear: Callable[..., int]
+    attend: Callable[..., int]
+    write: Callable[..., None]
+    decode: Callable[..., int]
     read: Callable[[int, int, int], int]
     set_level: Callable[[int], int]
     level: Callable[[], int]
@@ -87,9 +129,13 @@ def cache_folder() -> Path:
 
 def _open(path: Path) -> Library:
     loaded = ctypes.CDLL(str(path))
-    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    pointer, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+    rows = (pointer, i64, pointer)  # spans, how many, runs
     signatures = {
         "linear": (i32, (pointer, pointer, i32, i64, i64, pointer, i32, i64, i32)),
+        "attend": (i32, (pointer, i64, *rows, pointer, pointer, i32, i64, f32, i32)),
+        "write": (None, (pointer, i64, pointer, i64, pointer, pointer, i32, i64, i64, i64, i64, i32)),
+        "decode": (i32, (pointer, pointer, *rows, pointer, pointer, pointer, pointer, pointer, i64, i32)),
         "read": (ctypes.c_uint64, (pointer, i64, i32)),
         "set_level": (i32, (i32,)),
         "level": (i32, ()),

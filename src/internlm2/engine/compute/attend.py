@@ -1,8 +1,9 @@
-"""Attention over pages, in plain torch: the `attend` that the network calls during inference.
+"""Attention over pages: the `attend` that the network calls during inference.
 
-Each sequence attends on its own over the pieces of memory that its pages form; the results of several pieces are
-joined by their log-sum-exp (as in flash decoding, arXiv 2205.14135), so keys are read where they lie. Short
-sequences that decode are gathered into one padded call instead, because many small calls cost more.
+On a CPU the C++ of `kernels.attention` does all of it. The rest of this file is plain torch, for other devices and
+where the C++ is not built: each sequence attends on its own over the pieces of memory that its pages form; the
+results of several pieces are joined by their log-sum-exp (as in flash decoding, arXiv 2205.14135), so keys are read
+where they lie. Short sequences that decode are gathered into one padded call, because many small calls cost more.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 
 from internlm2.engine.compute.batch import Batch, Span
 from internlm2.engine.compute.page_cache import PageCache
-from internlm2.model.attention import AttentionMeta
+from internlm2.kernels.attention import Pages, PageTable, write
+from internlm2.kernels.attention import attend as attend_pages
+from internlm2.kernels.library import library
+from internlm2.model.attention import Attend, AttentionMeta
 
 _SEGMENT_TOKENS = 8192  # a copied or unpacked piece is no longer than this
 _SHORT_RUN = 256  # runs below this are copied together
@@ -22,8 +26,37 @@ _PLAIN_ROWS, _PLAIN_KEYS = 256, 2048  # a block of scores of attention that is w
 _SPLIT_KEYS = 2048  # a single query over more keys than this is cut into pieces for the threads
 
 
+def table_of(batch: Batch, pages: Pages) -> PageTable:
+    """The batch as the kernels take it."""
+    spans = ((span.start, span.num_rows, span.first_position, span.runs) for span in batch.spans)
+    return PageTable(pages, spans, batch.slots)
+
+
+def make_attend(cache: PageCache, batch: Batch, *, is_alone: bool = False) -> Attend:
+    """Attention of one batch, by the kernels where they are built and take such pages. is_alone: see PagedAttend."""
+    if cache.pages is None or library() is None:
+        return PagedAttend(cache, batch, is_alone=is_alone)
+    return KernelAttend(cache.pages, table_of(batch, cache.pages))
+
+
+class KernelAttend:
+    """Attention of one batch by the C++ kernel; one object serves all layers of one forward pass."""
+
+    def __init__(self, pages: Pages, table: PageTable) -> None:
+        self._pages, self._table = pages, table
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMeta
+    ) -> torch.Tensor:
+        """q: (N, 1, H, D); k and v: (N, 1, K, D) -> (N, 1, H, D). Rows behind those of the table are padding."""
+        num_rows = self._table.num_rows
+        write(self._pages, self._table, meta.layer, k[:num_rows, 0], v[:num_rows, 0])
+        out = attend_pages(self._pages, self._table, meta.layer, q[:num_rows, 0], scale=meta.scale)[:, None]
+        return F.pad(out, (0, 0, 0, 0, 0, 0, 0, len(q) - num_rows)) if len(q) > num_rows else out
+
+
 class PagedAttend:
-    """Attention of one batch; one object serves all layers of one forward pass.
+    """The same in torch: attention of one batch; one object serves all layers of one forward pass.
 
     is_alone: never put two sequences into one call nor cut keys where pages happen to end, so that no result depends
     on its company.

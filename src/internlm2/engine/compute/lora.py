@@ -92,13 +92,9 @@ def load_adapter(
     config: of the model that it will be used with. dtype, device: of that model's weights. Raises CheckpointError
     (ConfigError for values of a wrong type) when the folder is no plain LoRA adapter of this model.
     """
-    folder = Path(path)
-    options = _read_options(folder)
-    store = _open_weights(folder)
-    shapes = _target_shapes(config)
+    folder, options, store, keys_by_module = _open_adapter(path, config)
     weights = {}
-    for module, keys in _keys_by_module(folder, store, shapes).items():
-        _check_shapes(folder, store, keys, rank=options.rank(module), shape=shapes[module])
+    for module, keys in keys_by_module.items():
         b = store.read(keys["B"]).float() * options.scale(module)
         # NOTE: a copy, never a view of the mapped file: a training run may write the same file again.
         weights[module] = LowRank(
@@ -106,6 +102,25 @@ def load_adapter(
             b=cast(b, dtype, name=keys["B"]).to(device),
         )
     return Adapter(folder, weights)
+
+
+def check_adapter(path: str | Path, config: ModelConfig) -> None:
+    """Raise what `load_adapter` would, from the headers of the files alone: before a large model is loaded."""
+    _open_adapter(path, config)
+
+
+def _open_adapter(
+    path: str | Path, config: ModelConfig
+) -> tuple[Path, _Options, Store, dict[str, dict[str, str]]]:
+    """A folder, what its config says, its tensors, and their keys by module; all of it checked, nothing read."""
+    folder = Path(path)
+    options = _read_options(folder)
+    store = _open_weights(folder)
+    shapes = _target_shapes(config)
+    keys_by_module = _keys_by_module(folder, store, shapes)
+    for module, keys in keys_by_module.items():
+        _check_shapes(folder, store, keys, rank=options.rank(module), shape=shapes[module])
+    return folder, options, store, keys_by_module
 
 
 def _read_options(folder: Path) -> _Options:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from internlm2.engine.schedule.pages import Direction, Move
+from internlm2.kernels.attention import Pages
 from internlm2.model.config import ModelConfig
 from internlm2.quant import kv
 
@@ -45,6 +46,11 @@ class PageCache:
             self.key_scales = torch.empty(shape[:3], dtype=torch.float32, device=device)  # (layers, slots, K)
             self.value_scales = torch.empty_like(self.key_scales)
             self._blocks += [self.key_scales, self.value_scales]
+        # What the kernels of the CPU read; None for other devices and dtypes.
+        self.pages: Pages | None = None
+        if Pages.takes(stored, self.keys.device, config.head_dim):
+            scales = (self.key_scales, self.value_scales) if self.is_int8 else ()
+            self.pages = Pages(self.keys, self.values, *scales)
         self._host = [self._host_block(block, num_host_pages * page_size) for block in self._blocks]
 
     @staticmethod

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from internlm2.engine.compute.attend import PagedAttend
+from internlm2.engine.compute.attend import make_attend, table_of
 from internlm2.engine.compute.batch import Batch
+from internlm2.engine.compute.packed_layers import packed_layers
 from internlm2.engine.compute.page_cache import PageCache
 from internlm2.engine.schedule.pages import Move
 from internlm2.model.heads import CausalLM, Model, ValueModel
@@ -48,6 +49,7 @@ class Runner:
         self.cache = cache
         self.adapters = adapters
         self._is_deterministic = is_deterministic
+        self._packed = None if cache.pages is None else packed_layers(model)
         if is_deterministic:
             fix_rows(model)
 
@@ -65,6 +67,8 @@ class Runner:
         """Final hidden states (N, C) of a batch; its keys and values are in the cache afterwards."""
         if self.adapters is not None:
             self.adapters.select(batch.adapters)
+        if self._packed is not None and self.cache.pages is not None:
+            return self._packed.forward(batch, self.cache.pages, table_of(batch, self.cache.pages))
         num_rows = len(batch.input_ids)
         padding = (0, -num_rows % FIXED_ROWS) if self._is_deterministic else (0, 0)
         ids, positions, limits = (F.pad(x, padding) for x in (batch.input_ids, batch.positions, batch.limits))
@@ -73,7 +77,7 @@ class Runner:
             ids[:, None],
             position_ids=positions[:, None],
             length_limits=limits,
-            attend=PagedAttend(self.cache, batch, is_alone=self._is_deterministic),
+            attend=make_attend(self.cache, batch, is_alone=self._is_deterministic),
         )
         return hidden[:num_rows, 0]
 

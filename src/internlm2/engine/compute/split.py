@@ -5,7 +5,6 @@ tensors; the sums inside the network then make every process's result the whole 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import partial
 from typing import TypeVar
@@ -35,23 +34,18 @@ class Order(IntEnum):
 class Leader:
     """Gives orders to the other processes of `group`, one after the other.
 
-    All of them run on one thread, to their end: a caller that is interrupted (Ctrl-C) leaves at once, and the processes
-    still do the same things in the same order.
+    All of them are given by the engine's thread, which no signal interrupts: the processes do the same things in the
+    same order. explain: what to say of an exception that ended an order, in whole sentences.
     """
 
-    def __init__(self, group: TensorGroup) -> None:
+    def __init__(self, group: TensorGroup, explain: Callable[[Exception], str]) -> None:
         self.group = group
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="split-model")
+        self._explain = explain
         self._error: RequestError | None = None
 
     def together(self, order: Order, tensors: list[torch.Tensor], work: Callable[[], T]) -> T:
         """Let every process do `order`; `work` is this one's part. Raises RequestError when a process is lost."""
         if self._error is not None:
-            raise self._error
-        return self._thread.submit(self._run, order, tensors, work).result()
-
-    def _run(self, order: Order, tensors: list[torch.Tensor], work: Callable[[], T]) -> T:
-        if self._error is not None:  # since it was queued
             raise self._error
         try:
             send_tensors(self.group, [torch.tensor([order]), *tensors])
@@ -59,7 +53,7 @@ class Leader:
         except Exception as error:
             # Whatever it was, the processes are no longer at the same place.
             self._error = RequestError(
-                f"A model that is split over {self.group.size} processes failed and cannot go on ({error}). Load it "
+                f"A model that is split over {self.group.size} processes cannot go on: {self._explain(error)} Load it "
                 "again."
             )
             self.group.leave()  # so that the model can be loaded again in this process
@@ -67,7 +61,6 @@ class Leader:
 
     def close(self) -> None:
         """Let the other processes go. A second call does nothing."""
-        self._thread.shutdown()
         failed, self._error = self._error, RequestError("This model was closed. Load it again.")
         if failed is None:
             send_tensors(self.group, [torch.tensor([Order.STOP])])

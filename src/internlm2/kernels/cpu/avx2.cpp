@@ -1,7 +1,7 @@
 // AVX2 with FMA: a register holds one word of 8 output rows, and a block is done in two halves of 16 rows.
 #include <immintrin.h>
 
-#include "rows.h"
+#include "attention_block.h"
 
 namespace {
 
@@ -144,6 +144,32 @@ uint64_t read(const uint8_t* data, int64_t num_bytes) {
     return parts[0] + parts[1] + parts[2] + parts[3];
 }
 
+// Key i goes with key i + 4 first, so that all are in order in the end.
+inline Vector fold(const Vector* x) {
+    __m256 pairs[4], fours[2];
+    for (int i = 0; i < 4; ++i) {  // keys i and i + 4
+        const auto a = __m256(x[i]), b = __m256(x[i + 4]);
+        pairs[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m256 a = pairs[2 * i], b = pairs[2 * i + 1];
+        fours[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    }
+    return Vector(
+        _mm256_add_ps(_mm256_shuffle_ps(fours[0], fours[1], 0x88), _mm256_shuffle_ps(fours[0], fours[1], 0xdd)));
+}
+
 }  // namespace
 
-const Kernels avx2_kernels = {round_row, tile, store_block, read};
+const Kernels avx2_kernels = {round_row,
+                              tile,
+                              store_block,
+                              read,
+                              pack_queries_by<Float32>,
+                              attend_range_by<Float32>,
+                              merge,
+                              finish,
+                              norm_row,
+                              rotate_head,
+                              store_head,
+                              load_floats};

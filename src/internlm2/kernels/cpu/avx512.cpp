@@ -4,7 +4,7 @@
 // result does not depend, bit by bit, on what else is in the batch.
 #include <immintrin.h>
 
-#include "rows.h"
+#include "attention_block.h"
 
 namespace {
 
@@ -180,6 +180,122 @@ uint64_t read(const uint8_t* data, int64_t num_bytes) {
     return uint64_t(_mm512_reduce_add_epi64(all));
 }
 
+// A tree of shuffles and additions, so that each step halves the registers. In the end lane 4 r + c holds what came in as
+// 4 c + r, so the keys go in that way.
+inline Vector fold(const Vector* x) {
+    __m512 eights[8], fours[4], twos[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const int one = 2 * i, two = 2 * i + 1;
+        const auto a = __m512(x[one % 4 * 4 + one / 4]), b = __m512(x[two % 4 * 4 + two / 4]);
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = eights[2 * i], b = eights[2 * i + 1];
+        fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+        twos[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return Vector(_mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd)));
+}
+
+// Queries, keys, values and weights in bfloat16, for queries that are stored so: a word is a pair of coordinates of one
+// key, or of the same coordinate of two keys. int8 becomes bfloat16 without loss.
+struct Bfloat16 {
+    static constexpr int64_t PER_WORD = 2;
+    static bool is_stored_so(int32_t element) { return element == ELEMENT_BF16; }
+    static bool reads_values(int32_t) { return true; }
+    static Vector add_dot(Vector sums, const int32_t* a, Vector b) {
+        return Vector(_mm512_dpbf16_ps(__m512(sums), (__m512bh)_mm512_loadu_si512(a), (__m512bh)b));
+    }
+    // N (even) registers of words of both keys' values, from column d on.
+    template <int N>
+    static void load_values(const uint8_t* const* rows, int64_t key, int64_t count, int32_t element, int64_t d,
+                            Vector* out) {
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n += 2) {
+            const __m512i a = load_halves(rows[key], element, d + n * LANES, 0xffffffffu);
+            const __m512i b =
+                key + 1 < count ? load_halves(rows[key + 1], element, d + n * LANES, 0xffffffffu) : __m512i{};
+            out[n] = Vector(_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low_halves(), b)));
+            out[n + 1] = Vector(_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high_halves(), b)));
+        }
+    }
+    static void load(const void* x, int32_t element, int64_t size, int32_t* out) {
+        auto* halves = reinterpret_cast<uint16_t*>(out);
+        if (element == ELEMENT_BF16) {
+            std::memcpy(out, x, size_t(size) * 2);
+        } else {
+            const auto* source = static_cast<const int8_t*>(x);
+            for (int64_t i = 0; i < size; ++i) halves[i] = uint16_t(to_bits(float(source[i])) >> 16);
+        }
+        if (size % 2 != 0) halves[size] = 0;
+    }
+    static Vector add_products(Vector sums, Vector b, int32_t a) {
+        return Vector(_mm512_dpbf16_ps(__m512(sums), (__m512bh)b, (__m512bh)_mm512_set1_epi32(a)));
+    }
+    static void store_weights(const Vector* weights, int32_t* out) {
+        for (int64_t i = 0; i < BLOCK_KEYS / LANES; ++i) {
+            const auto halves = (__m256i)_mm512_cvtneps_pbh(__m512(weights[i]));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, halves);
+        }
+    }
+    // [pair of keys][padded]: words of both keys' values.
+    static void pack_values(const uint8_t* const* rows, int64_t count, int32_t element, int64_t size, int64_t padded,
+                            int32_t* out) {
+        for (int64_t key = 0; key < count; key += 2, out += padded) {
+            const uint8_t* one = rows[key];
+            const uint8_t* two = key + 1 < count ? rows[key + 1] : nullptr;
+            for (int64_t d = 0; d < size; d += 32) {
+                const __mmask32 mask = size - d >= 32 ? 0xffffffffu : (1u << (size - d)) - 1;
+                const __m512i a = load_halves(one, element, d, mask);
+                const __m512i b = two == nullptr ? _mm512_setzero_si512() : load_halves(two, element, d, mask);
+                _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low_halves(), b));
+                if (d + 16 >= padded) continue;
+                _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high_halves(), b));
+            }
+        }
+    }
+    static void hide_value(int32_t* values, int64_t key, int64_t padded) {
+        int32_t* words = values + key / 2 * padded;
+        for (int64_t d = 0; d < padded; ++d) words[d] &= key % 2 == 0 ? int32_t(0xffff0000u) : 0xffff;
+    }
+
+   private:
+    // Halves 0, 32, 1, 33, ... of two registers, and those from 16 on.
+    static __m512i low_halves() {
+        return _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                                 0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
+    }
+    static __m512i high_halves() { return _mm512_add_epi16(low_halves(), _mm512_set1_epi16(16)); }
+    static __m512i load_halves(const uint8_t* row, int32_t element, int64_t d, __mmask32 mask) {
+        if (element == ELEMENT_BF16) return _mm512_maskz_loadu_epi16(mask, row + 2 * d);
+        const __m256i bytes = _mm256_maskz_loadu_epi8(mask, row + d);
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+};
+
+inline bool is_bfloat16(const Queries& queries, const Places& places) {
+    return queries.element == ELEMENT_BF16 && places.element != ELEMENT_F32;
+}
+
+void pack_queries(const Queries& queries, const Places& places, const Workspace& work) {
+    (is_bfloat16(queries, places) ? pack_queries_by<Bfloat16> : pack_queries_by<Float32>)(queries, places, work);
+}
+
+void attend_range(const Queries& queries, const Places& places, int64_t begin, int64_t end, const Workspace& work,
+                  const State& state) {
+    const auto attend = is_bfloat16(queries, places) ? attend_range_by<Bfloat16> : attend_range_by<Float32>;
+    attend(queries, places, begin, end, work, state);
+}
+
 }  // namespace
 
-const Kernels avx512_kernels = {round_row, tile, store_block, read};
+const Kernels avx512_kernels = {round_row, tile,   store_block, read,        pack_queries, attend_range,
+                                merge,     finish, norm_row,    rotate_head, store_head,   load_floats};

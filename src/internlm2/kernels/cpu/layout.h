@@ -13,7 +13,7 @@ constexpr int MAX_TILE = 12;         // activation rows that share one reading o
 constexpr int64_t COLUMN_MULTIPLE = 32;  // columns are padded with zeros to a multiple of this, or of the group
 
 enum Kind : int32_t { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
-enum Element : int32_t { ELEMENT_BF16 = 0, ELEMENT_F32 = 1 };
+enum Element : int32_t { ELEMENT_BF16 = 0, ELEMENT_F32 = 1, ELEMENT_INT8 = 2 };
 enum Level : int32_t { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 
 // Mirrored by `_CWeight` in library.py. data holds, per block and word (k of the padded columns):
@@ -65,6 +65,64 @@ inline Tile tile_at(const Activations& x, int64_t tile) {
             rows_of_tile(x, tile), x.num_words, x.num_groups};
 }
 
+// Keys and values of one layer, (slots, K, D) each. Mirrored by `CPages` in library.py.
+struct Pages {
+    uint8_t* keys;
+    uint8_t* values;
+    float* key_scales;  // (slots, K), for int8 only: a value is its whole number times the scale
+    float* value_scales;
+    int64_t num_slots, num_layers;  // layers follow each other: the pointers are those of the first
+    int64_t num_kv_heads, head_dim;
+    int32_t element;
+};
+
+// Some rows of one sequence, and some key/value heads, each with the `group` queries of a row that share it. Of a head,
+// query i is of row i / group, which stands at first_position + i / group and sees all keys up to there.
+struct Queries {
+    const uint8_t* q;  // the first head of row 0
+    uint8_t* out;
+    int64_t row_bytes;  // from one row to the next, of both
+    int32_t element;    // of both
+    int64_t num_rows, group, num_heads, first_position;
+    float scale;
+};
+
+// Where the keys and values of one sequence lie: pieces of (first position, slot), and one more for the end.
+struct Places {
+    const uint8_t* keys;  // of slot 0, this layer and the first head
+    const uint8_t* values;
+    const float* key_scales;
+    const float* value_scales;
+    int64_t slot_bytes, slot_scales;  // from one slot to the next
+    const int64_t* runs;
+    int64_t num_runs;
+    int64_t head_dim;
+    int32_t element;
+};
+
+// What attention to some keys gives for each query, head after head: a sum of values, not divided yet, and the two numbers that join it
+// with others.
+struct State {
+    float* sum;    // (queries, padded head_dim)
+    float* most;   // (queries): the largest score
+    float* total;  // (queries): the sum of exp(score - most)
+};
+
+// Memory of one thread for one tile of queries.
+struct Workspace {
+    int32_t *queries, *values, *scores, *rows;
+    float* factors;
+    State part, whole;
+};
+
+constexpr int64_t BLOCK_KEYS = 64;   // keys whose scores are found together
+constexpr int64_t RANGE_KEYS = 128;  // the sums of a range are joined with those before it: always here, so that no
+                                     // result depends on who computed which range
+constexpr int64_t MAX_QUERIES = 128;  // of a head, in a tile
+constexpr int64_t MAX_SHARED_QUERIES = 256;  // of all heads, when one task takes all heads of a row
+
+inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
 // One instruction level.
 struct Kernels {
     // Rounds one row of activations into its place; row: of the first part, which its other part follows.
@@ -74,6 +132,42 @@ struct Kernels {
     // Adds the bias, joins the halves of a gated block, and writes up to 32 outputs of one activation row.
     void (*store)(const float* values, const float* bias, bool is_gated, int64_t n, int32_t element, void* out);
     uint64_t (*read)(const uint8_t* data, int64_t num_bytes);  // the streaming-read probe
+    // Brings the queries into the form that attend_range reads.
+    void (*pack_queries)(const Queries& queries, const Places& places, const Workspace& work);
+    // Attention to the keys [begin, end), at most RANGE_KEYS of them, by the queries that see any.
+    void (*attend_range)(const Queries& queries, const Places& places, int64_t begin, int64_t end,
+                         const Workspace& work, const State& state);
+    // Joins the queries [first, end) with what they have already.
+    void (*merge)(const State& whole, const State& part, int64_t first, int64_t end, int64_t head_dim);
+    void (*finish)(const Queries& queries, const State& whole, int64_t head_dim);
+    // hidden += added (may be null), out = hidden / rms(hidden) * weight
+    void (*norm_row)(float* hidden, const float* added, const float* weight, int64_t size, float eps, float* out);
+    // Turns the pairs (i, i + size / 2) of x by their angles; stores them as element.
+    void (*rotate_head)(const float* x, const float* cos, const float* sin, int64_t size, int32_t element, void* out,
+                        float* scale);
+    // Stores a key or value as element; scale: of int8.
+    void (*store_head)(const float* x, int64_t size, int32_t element, void* out, float* scale);
+    void (*load_head)(const void* x, int32_t element, int64_t size, float* out);
+};
+
+const Kernels& current_kernels();
+
+// One decoder layer with packed weights, and all of them. Mirrored in library.py.
+struct Layer {
+    const float* attention_norm;
+    const float* ffn_norm;
+    const Weight* wqkv;
+    const Weight* wo;
+    const Weight* w13;
+    const Weight* w2;
+};
+
+struct Decoder {
+    const Layer* layers;
+    const float* norm;
+    int64_t num_layers, hidden_size, num_heads;
+    int32_t element;  // of the queries
+    float eps, scale;
 };
 
 extern const Kernels scalar_kernels;

@@ -1,7 +1,5 @@
 // The functions that Python calls: out = x W^T (+ bias), the streaming-read probe, and the choice of instructions.
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 
 #include "layout.h"
 #include "pool.h"
@@ -44,25 +42,6 @@ std::atomic<Level>& chosen() {
     static std::atomic<Level> level{detect()};
     return level;
 }
-
-// Memory for the rounded activations of one calling thread, kept between calls.
-class Scratch {
-   public:
-    void* take(size_t num_bytes) {
-        if (num_bytes > size_) {
-            memory_.reset(std::aligned_alloc(64, (num_bytes + 63) / 64 * 64));
-            size_ = num_bytes;
-        }
-        return memory_.get();
-    }
-
-   private:
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
-    std::unique_ptr<void, Free> memory_;
-    size_t size_ = 0;
-};
 
 struct Call {
     const Weight& weight;
@@ -143,7 +122,7 @@ void read_chunk(void* context, int64_t chunk) {
 
 }  // namespace
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
+const Kernels& current_kernels() { return kernels_of(chosen().load()); }
 
 // Which instructions this processor can run at most.
 EXPORTED int32_t internlm2_detected_level() { return detect(); }
@@ -162,9 +141,9 @@ EXPORTED int32_t internlm2_num_workers() { return num_workers(); }
 
 // out (num_rows, weight.rows) = x (num_rows, weight.columns) times the weight. Strides in elements. Returns 0, or 1
 // when there is no memory for the rounded activations.
-EXPORTED int32_t internlm2_linear(const Weight* weight, const void* x, int32_t x_element, int64_t num_rows, int64_t x_stride,
-                         void* out, int32_t out_element, int64_t out_stride, int32_t num_threads) {
-    thread_local Scratch scratch;
+EXPORTED int32_t internlm2_linear(const Weight* weight, const void* x, int32_t x_element, int64_t num_rows,
+                                  int64_t x_stride, void* out, int32_t out_element, int64_t out_stride, int32_t num_threads) {
+    thread_local Scratch scratch;  // the rounded activations
     const Weight& w = *weight;
     const int64_t stored = w.is_gated ? (w.rows + HALF_ROWS - 1) / HALF_ROWS * BLOCK_ROWS : w.rows;
     const int64_t groups = w.kind == BFLOAT16 ? 0 : w.padded_columns / w.group;
@@ -177,7 +156,7 @@ EXPORTED int32_t internlm2_linear(const Weight* weight, const void* x, int32_t x
     const int64_t num_tiles = (parts + MAX_TILE - 1) / MAX_TILE;
     const int64_t tile_rows = num_tiles == 0 ? 1 : (num_rows + num_tiles - 1) / num_tiles * w.num_parts;
     const int64_t num_blocks = (stored + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    Call call{w, kernels_of(chosen().load()), static_cast<const uint8_t*>(x), static_cast<uint8_t*>(out), num_rows,
+    Call call{w, current_kernels(), static_cast<const uint8_t*>(x), static_cast<uint8_t*>(out), num_rows,
               x_stride, out_stride, x_element, out_element, choose_blocks_per_chunk(w, num_blocks, num_threads),
               num_blocks, {memory, scale, shift, parts, words, groups, tile_rows}};
     if (num_blocks * block_bytes(w) * num_rows < WORTH_SHARING_BYTES) num_threads = 1;
@@ -188,7 +167,7 @@ EXPORTED int32_t internlm2_linear(const Weight* weight, const void* x, int32_t x
 
 // Reads num_bytes of memory once, as fast as it goes. The sum keeps the compiler from leaving the work out.
 EXPORTED uint64_t internlm2_read(const void* data, int64_t num_bytes, int32_t num_threads) {
-    Probe probe{kernels_of(chosen().load()), static_cast<const uint8_t*>(data), num_bytes, 1 << 20, {0}};
+    Probe probe{current_kernels(), static_cast<const uint8_t*>(data), num_bytes, 1 << 20, {0}};
     run_chunks((num_bytes + probe.chunk_bytes - 1) / probe.chunk_bytes, num_threads, read_chunk, &probe);
     return probe.sum;
 }

@@ -3,6 +3,10 @@
 // woke up is not waited for.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
 
 using Work = void (*)(void* context, int64_t chunk);
 
@@ -12,3 +16,23 @@ void run_chunks(int64_t num_chunks, int num_threads, Work work, void* context);
 
 // How many workers exist now.
 int num_workers();
+
+// Memory that a thread keeps between calls. Null when there is none.
+class Scratch {
+   public:
+    void* take(size_t num_bytes) {
+        if (num_bytes > size_) {
+            size_ = 0;
+            memory_.reset(std::aligned_alloc(64, (num_bytes + 63) / 64 * 64));
+            if (memory_ != nullptr) size_ = num_bytes;
+        }
+        return memory_.get();
+    }
+
+   private:
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    size_t size_ = 0;
+};

@@ -1,5 +1,5 @@
 // Plain C++ for every other processor, and the reference that the vector levels are read against.
-#include "rows.h"
+#include "attention_block.h"
 
 namespace {
 
@@ -67,6 +67,23 @@ uint64_t read(const uint8_t* data, int64_t num_bytes) {
     return sum;
 }
 
+Vector fold(const Vector* x) {
+    Vector out;
+    for (int64_t k = 0; k < LANES; ++k) out[k] = sum_of(x[k]);
+    return out;
+}
+
 }  // namespace
 
-extern const Kernels scalar_kernels = {round_row, tile, store_block, read};
+extern const Kernels scalar_kernels = {round_row,
+                                       tile,
+                                       store_block,
+                                       read,
+                                       pack_queries_by<Float32>,
+                                       attend_range_by<Float32>,
+                                       merge,
+                                       finish,
+                                       norm_row,
+                                       rotate_head,
+                                       store_head,
+                                       load_floats};
