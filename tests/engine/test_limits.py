@@ -1,9 +1,14 @@
 """Memory budgets and bad requests: each a clear error, and the engine goes on."""
 
+import json
+import shutil
+
 import pytest
 
+from folders import write_adapter, write_chat_folder
 from internlm2 import LLM, SamplingParams
-from internlm2.errors import MemoryBudgetError, RequestError
+from internlm2.engine.reward import RewardScorer
+from internlm2.errors import CheckpointError, ConfigError, MemoryBudgetError, RequestError, TokenizerError
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,96 @@ def test_auto_takes_the_longest_that_fits(chat_folder, monkeypatch):
     cache = auto.frontend.engine.runner.cache
     assert auto.max_model_len == pool.num_pages * 16
     assert (90 << 20) - 16 * cache.num_bytes // (pool.num_pages * 16) <= cache.num_bytes <= 90 << 20
+
+
+def with_scaling(chat_folder, folder, scaling):
+    """The chat model, trained to 256 tokens, with other scaling."""
+    shutil.copytree(chat_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("scaling", "longest"), [(None, 256), ({"type": "linear", "factor": 3.0}, 768)])
+def test_no_model_is_run_beyond_what_it_is_made_for(chat_folder, tmp_path, scaling, longest):
+    folder = with_scaling(chat_folder, tmp_path / "model", scaling)
+    message = (
+        f"max_model_len is {longest + 1}, but .*model is made for {longest} tokens.*rope_scaling.*dynamic"
+    )
+    with pytest.raises(RequestError, match=message):
+        LLM(folder, max_model_len=longest + 1)
+    for length in (longest, "auto", None):
+        assert LLM(folder, max_model_len=length, memory_gib=0.01).max_model_len == longest
+
+
+def test_dynamic_scaling_goes_beyond_the_trained_length(chat_folder):
+    assert LLM(chat_folder, max_model_len=1000, memory_gib=0.01).max_model_len == 1000
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails the test when weights are read."""
+
+    def load_checkpoint(*args, **options):
+        pytest.fail("weights were read before everything else was checked")
+
+    for loader in ("load_checkpoint", "load_for_inference"):
+        monkeypatch.setattr(f"internlm2.engine.build.{loader}", load_checkpoint, raising=False)
+
+
+@pytest.mark.usefixtures("unread")
+def test_wrong_adapters_are_told_before_the_model_is_loaded(chat_folder, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter")
+    for change, message in (
+        ({"r": 5}, "rank 5 on this model asks for"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"r": "4"}, "key 'r' is '4'"),
+    ):
+        wrong = tmp_path / message[:8]
+        shutil.copytree(adapter, wrong)
+        config = json.loads((wrong / "adapter_config.json").read_text()) | change
+        (wrong / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises((CheckpointError, ConfigError), match=message):
+            LLM(chat_folder, adapters={"good": adapter, "wrong": wrong})
+    (adapter / "adapter_model.safetensors").unlink()
+    for folder, message in (
+        (adapter, "has no adapter_model.safetensors"),
+        (chat_folder, "has no adapter_config.json"),
+        (tmp_path / "nowhere", "nowhere has no adapter_config.json"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            LLM(chat_folder, adapters={"wrong": folder})
+
+
+@pytest.mark.usefixtures("unread")
+def test_wrong_drafts_and_heads_are_told_before_the_model_is_loaded(chat_folder, tmp_path):
+    reward = write_chat_folder(tmp_path / "reward", head="reward")
+    with pytest.raises(CheckpointError, match="has a reward head, but drafting needs CausalLM"):
+        LLM(chat_folder, speculative=reward)
+    with pytest.raises(CheckpointError, match=r"No model at '.*nowhere'"):
+        LLM(chat_folder, speculative=tmp_path / "nowhere")
+    shape = write_chat_folder(tmp_path / "shape")
+    config = json.loads((shape / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (shape / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.2.*is missing"):
+        LLM(chat_folder, speculative=shape)
+    (shape / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"No tokenizer: .*shape holds neither"):
+        LLM(chat_folder, speculative=shape)
+    with pytest.raises(
+        CheckpointError, match="has a language head, but scoring conversations needs RewardModel"
+    ):
+        RewardScorer(chat_folder)
+
+
+def test_a_reward_scorer_is_closed_once_and_for_all(tmp_path):
+    folder = write_chat_folder(tmp_path / "reward", head="reward")
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
+    with RewardScorer(folder, dtype="float32") as scorer:
+        assert len(scorer.scores([chat])) == 1
+    scorer.close()
+    with pytest.raises(RequestError, match=r"This model was closed. Load it again"):
+        scorer.scores([chat])
 
 
 @pytest.mark.parametrize(("prompt", "params", "message"), [

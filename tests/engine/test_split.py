@@ -5,7 +5,8 @@ import torch
 
 from internlm2 import LLM, SamplingParams
 from internlm2.engine.compute.batch import Part, make_batch
-from internlm2.engine.compute.split import Leader, pack_batch, unpack_batch
+from internlm2.engine.compute.split import pack_batch, unpack_batch
+from internlm2.engine.frontend import Ticket
 
 PROMPTS = ["Hello", "你好, world", [1, *range(40, 120)], "A longer text that takes more than one page. " * 3]
 
@@ -60,21 +61,20 @@ def test_each_process_holds_a_part(whole, split):
     assert 0.4 < sizes[0] / sizes[1] < 0.6
 
 
-def test_after_an_interruption_the_processes_are_still_at_the_same_place(split, whole, monkeypatch):
+def test_after_a_caller_has_left_the_processes_are_still_at_the_same_place(split, whole, monkeypatch):
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    together = Leader.together
-    calls = iter(range(1000))
+    real, is_first = Ticket.wait, []
 
-    def interrupted(self, order, tensors, work):
-        if next(calls) == 3:
-            self._thread.submit(self._run, order, tensors, work)  # goes on behind our back
+    def interrupted(self, seconds=None):
+        if not is_first:
+            is_first.append(True)
             raise KeyboardInterrupt
-        return together(self, order, tensors, work)
+        real(self, seconds)
 
-    monkeypatch.setattr(Leader, "together", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        split.generate(["interrupted"], params)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ticket, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            split.generate(["interrupted"], params)
     assert split.generate(PROMPTS, params) == whole.generate(PROMPTS, params)
     split.frontend.engine.scheduler.check_integrity()
 

@@ -31,7 +31,7 @@ def threads():
 
 def processes(llm: LLM) -> list["subprocess.Popen[bytes]"]:
     workers = llm._close.peek()[1].__self__
-    return list(workers._processes)
+    return [child.process for child in workers.children]
 
 
 def is_running(pid: int) -> bool:
@@ -100,13 +100,41 @@ def test_a_lost_process_is_told_and_told_again(chat_folder):
     for process in processes(llm):
         process.kill()
         process.wait()
-    for _ in range(2):
-        with pytest.raises(RequestError, match=r"split over 2 processes.*Load it again"):
+    for _ in range(3):
+        with pytest.raises(RequestError, match=r"split over 2 processes cannot go on: .* signal 9") as told:
             llm.generate(["y"], params)
+        assert str(told.value).count("cannot go on") == str(told.value).count("again") == 1
     again = LLM(chat_folder, dtype="float32", tensor_parallel=2)  # what the message says
     assert again.generate(["y"], params)
     again.close()
     llm.close()
+
+
+def test_a_fork_refuses_and_leaves_the_processes_alone(chat_folder):
+    code = f"""if True:
+        import os
+        from internlm2 import LLM, SamplingParams
+        from internlm2.errors import RequestError
+        llm = LLM({str(chat_folder)!r}, dtype="float32", tensor_parallel=2)
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        before = llm.generate(["x"], params)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                llm.generate(["x"], params)
+            except RequestError as error:
+                print(error, flush=True)
+            llm.close()
+            os._exit(0)  # as multiprocessing does
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        print(llm.generate(["x"], params) == before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
+    )
+    refusal, answer = done.stdout.splitlines()
+    assert "fork" in refusal
+    assert answer == "True"
 
 
 @pytest.mark.parametrize("ending", ["os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit", "1 / 0"])
@@ -116,7 +144,7 @@ def test_no_process_stays_when_its_caller_ends(chat_folder, ending):
         from internlm2 import LLM, SamplingParams
         llm = LLM({str(chat_folder)!r}, dtype="float32", tensor_parallel=2)
         print(llm.generate(["x"], SamplingParams(max_tokens=2))[0].finish_reason)
-        print(*[p.pid for p in llm._close.peek()[1].__self__._processes], flush=True)
+        print(*[c.process.pid for c in llm._close.peek()[1].__self__.children], flush=True)
         {ending}
     """
     done = subprocess.run(

@@ -158,7 +158,7 @@ def test_every_benchmark_names_its_files(sample):
         for subset in task.subsets:
             for file in task.files(subset):
                 assert not file.startswith("/")
-    assert (len(build("mmlu", JANUARY, is_chat=False).subsets), len(TASKS)) == (57, 9)
+    assert (len(build("mmlu", JANUARY, is_chat=False).subsets), len(TASKS)) == (57, 18)
     assert len(build("agieval", JANUARY, is_chat=False).subsets) == 21
     assert len(build("bbh", JANUARY, is_chat=False).subsets) == 27
     assert len(build("ceval", JANUARY, is_chat=False).subsets) == 52

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +38,7 @@ class ServeConfig(RunConfig):
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     log_prompts: bool = False
+    replicas: int = 1
 
 
 @Parameter(name="*")
@@ -82,6 +84,9 @@ class ServeFlags:
     log_prompts: Annotated[
         bool | None, Parameter(help="Write requests and answers into the log.", negative=())
     ] = None
+    replicas: Annotated[
+        int | None, Parameter(help="Copies of the model, each a process of Ray's, behind one address [1].")
+    ] = None
 
 
 def serve(
@@ -101,6 +106,9 @@ def serve(
             f"serve needs {error.name}, which is not installed. Install it with: pip install 'internlm2[serve]'"
         ) from error
 
+    if config.replicas != 1:
+        _serve_replicas(model, config, settings)
+        return
     with bind(settings) as listener:  # before the model is loaded, which takes time
         loaded = _load(model, config)
         service = Service.of(loaded, settings, adapter=options.adapter_name(config))
@@ -113,6 +121,26 @@ def serve(
             serve(service, listener)
         finally:
             loaded.close()
+
+
+def _serve_replicas(model: str, config: ServeConfig, settings: "ServeSettings") -> None:
+    from internlm2.serve.replicas import ReplicaPlan, serve_replicas
+
+    plan = ReplicaPlan(
+        config.replicas,
+        partial(_load, model, config),
+        settings,
+        adapter=options.adapter_name(config),
+        num_cpus=config.threads or max(1, (os.cpu_count() or 1) // max(1, config.replicas)),
+        num_gpus=config.tensor_parallel if options.device_of(config).startswith("cuda") else 0,
+    )
+    serve_replicas(
+        plan,
+        on_ready=lambda address: print(
+            f"Serving {config.replicas} x {settings.model_name} at {address}/v1 (Ctrl-C ends)",
+            file=sys.stderr,
+        ),
+    )
 
 
 def key(

@@ -2,35 +2,30 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from internlm2.checkpoint import memory
 from internlm2.checkpoint.load import load_checkpoint, require_head
+from internlm2.checkpoint.load_packed import load_for_inference
 from internlm2.checkpoint.open import open_checkpoint
-from internlm2.checkpoint.plan import (
-    PAGE_TOKENS,
-    PREFILL_CHUNK_TOKENS,
-    context_limit,
-    kv_bytes_per_token,
-)
+from internlm2.checkpoint.plan import PAGE_TOKENS, context_limit, kv_bytes_per_token
 from internlm2.checkpoint.resolve import resolve_model
-from internlm2.checkpoint.source import Checkpoint, dtype_name, expected_shapes
+from internlm2.checkpoint.source import Checkpoint, check_complete, dtype_name, expected_shapes
 from internlm2.engine.admission import Admission
-from internlm2.engine.compute.lora import Adapters
+from internlm2.engine.compute.lora import Adapters, check_adapter
 from internlm2.engine.compute.page_cache import PageCache
 from internlm2.engine.compute.runner import Runner
 from internlm2.engine.compute.split import LeadingRunner
 from internlm2.engine.core import Drafter, Engine
 from internlm2.engine.frontend import Frontend
+from internlm2.engine.options import EngineOptions, is_path
 from internlm2.engine.schedule.pages import PagePool
 from internlm2.engine.schedule.scheduler import Scheduler
 from internlm2.engine.speculative import (
-    NUM_DRAFT_TOKENS,
     TRY_COST,
     TRY_COST_FLOAT32,
     DraftModel,
@@ -39,10 +34,8 @@ from internlm2.engine.speculative import (
 from internlm2.engine.workers import Workers
 from internlm2.errors import CheckpointError, MemoryBudgetError, RequestError, check
 from internlm2.model.config import ModelConfig
-from internlm2.model.heads import CausalLM, Model, RopeMode
+from internlm2.model.heads import CausalLM, Model, build_model
 from internlm2.parallel import shard_plan
-from internlm2.quant.linear import quantize_model
-from internlm2.quant.weight import parse_format
 from internlm2.tokenizer import Tokenizer
 
 PAGE_SIZE = PAGE_TOKENS  # as the memory plan counts
@@ -52,91 +45,6 @@ SAFE_SHARE = 0.7  # of the memory that is left, at most, when nobody says how mu
 AUTO_SHARE = 0.9  # the same under max_model_len="auto"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How an engine runs. See `LLM` for what each means."""
-
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    rope_mode: RopeMode = "stateless"
-    max_model_len: int | Literal["auto"] | None = None
-    kv_dtype: str | None = None
-    memory_gib: float | None = None
-    host_memory_gib: float = 0.0
-    max_num_seqs: int = 64
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS
-    prefix_cache: bool = True
-    deterministic: bool = False
-    adapters: Mapping[str, str | Path] | None = None
-    speculative: str | Path | None = None
-    num_draft_tokens: int = NUM_DRAFT_TOKENS
-    tensor_parallel: int = 1
-    quantization: str | None = None
-
-    def __post_init__(self) -> None:
-        check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
-        check(self.chunk_tokens >= 1, "chunk_tokens", self.chunk_tokens, "at least 1")
-        is_positive = self.memory_gib is None or self.memory_gib > 0
-        check(is_positive, "memory_gib", self.memory_gib, "above 0, or None")
-        check(self.host_memory_gib >= 0, "host_memory_gib", self.host_memory_gib, "at least 0")
-        check(self.kv_dtype in (None, "int8"), "kv_dtype", self.kv_dtype, "None (as the model) or 'int8'")
-        length = self.max_model_len
-        is_length = length is None or length == "auto" or (isinstance(length, int) and length >= 2)
-        check(is_length, "max_model_len", length, "'auto', None, or at least 2 (a prompt and an answer)")
-        check(self.num_draft_tokens >= 1, "num_draft_tokens", self.num_draft_tokens, "at least 1")
-        check(self.tensor_parallel >= 1, "tensor_parallel", self.tensor_parallel, "at least 1")
-        self._check_split()
-        self._check_quantization()
-        if self.deterministic and self.speculative is not None:
-            raise RequestError(
-                "deterministic=True does not go with speculative decoding: how many tokens are checked together "
-                "depends on the guesses. Leave one of them off."
-            )
-        if self.host_memory_gib > 0 and self.draft_path is not None:
-            raise RequestError(
-                "host_memory_gib does not go with a draft model, whose keys and values stay on the device. Leave "
-                "one of them off, or use speculative='lookup'."
-            )
-        if self.deterministic and self.adapters:
-            raise RequestError(
-                "deterministic=True does not go with adapters: their matrix products depend on the batch. Merge the "
-                "adapter into the weights, or leave deterministic off."
-            )
-
-    def _check_split(self) -> None:
-        kinds = {
-            "deterministic=True": self.deterministic,
-            "adapters": bool(self.adapters),
-            "a draft model": self.draft_path is not None,
-        }
-        for name, is_wanted in kinds.items():
-            if self.tensor_parallel > 1 and is_wanted:
-                raise RequestError(
-                    f"tensor_parallel={self.tensor_parallel} does not go with {name}, which needs the whole model in "
-                    "one process. Leave one of them off."
-                )
-
-    def _check_quantization(self) -> None:
-        if self.quantization is None:
-            return
-        parse_format(self.quantization)
-        kinds = {
-            "deterministic=True": self.deterministic,
-            "adapters": self.adapters is not None,
-            "tensor_parallel": self.tensor_parallel > 1,
-        }
-        for name, is_wanted in kinds.items():
-            if is_wanted:
-                raise RequestError(
-                    f"quantization={self.quantization!r} does not go with {name} yet. Leave one of them off."
-                )
-
-    @property
-    def draft_path(self) -> str | Path | None:
-        """Where the draft model lies; None without one."""
-        return None if self.speculative == "lookup" else self.speculative
 
 
 @dataclass(frozen=True)
@@ -153,6 +61,7 @@ class Loaded:
 
 def open_with_tokenizer(path: str | Path) -> tuple[Checkpoint, Tokenizer]:
     """A checkpoint and the tokenizer beside it. Raises CheckpointError when there is none or it does not fit."""
+    check(is_path(path), "path", path, "a folder, a GGUF file, a Hugging Face id or 'demo'")
     checkpoint = open_checkpoint(resolve_model(path))
     if checkpoint.tokenizer_folder is None:
         raise CheckpointError(
@@ -168,19 +77,35 @@ def open_with_tokenizer(path: str | Path) -> tuple[Checkpoint, Tokenizer]:
     return checkpoint, tokenizer
 
 
-def load(path: str | Path, options: EngineOptions) -> Loaded:
-    """Load a checkpoint of any head with its tokenizer and build an engine around it."""
+def load(
+    path: str | Path, options: EngineOptions, *, head: type[Model] = Model, use: str = "serving"
+) -> Loaded:
+    """Load a checkpoint with its tokenizer and build an engine around it.
+
+    head: what the checkpoint must hold for `use`. Everything that files and options tell is checked before any weight
+    is read. Raises InternLM2Error of all kinds.
+    """
     checkpoint, tokenizer = open_with_tokenizer(path)
-    if options.tensor_parallel == 1:
-        model = load_checkpoint(
-            checkpoint, dtype=options.dtype, device=options.device, rope_mode=options.rope_mode
-        )
-        if options.quantization is not None:
-            quantize_model(model, parse_format(options.quantization))
-        return build(model, tokenizer, options)
-    shard_plan(
-        checkpoint.config, options.tensor_parallel
-    )  # refuses what cannot be split, before anything starts
+    _check_head(checkpoint, head, use=use)
+    _check_length(checkpoint, options)
+    for folder in (options.adapters or {}).values():
+        check_adapter(folder, checkpoint.config)
+    draft = None if options.draft_path is None else _open_draft(options.draft_path, tokenizer)
+    if options.tensor_parallel > 1:
+        return _load_split(checkpoint, tokenizer, options)
+    model = load_for_inference(
+        checkpoint,
+        dtype=options.dtype,
+        device=options.device,
+        quantization=options.quantization,
+        rope_mode=options.rope_mode,
+        needs_plain=options.deterministic or options.adapters is not None,
+    )
+    return build(model, tokenizer, options, draft=None if draft is None else _load_draft(draft, options))
+
+
+def _load_split(checkpoint: Checkpoint, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
+    shard_plan(checkpoint.config, options.tensor_parallel)  # refuses what cannot be split
     workers = Workers(
         str(checkpoint.path),
         size=options.tensor_parallel,
@@ -190,24 +115,47 @@ def load(path: str | Path, options: EngineOptions) -> Loaded:
     )
     try:
         model = load_checkpoint(
-            checkpoint,
+            workers.watch(checkpoint),
             dtype=options.dtype,
             device=workers.device,
             rope_mode=options.rope_mode,
             group=workers.group,
         )
-        return build(model, tokenizer, options, workers)
+        return build(model, tokenizer, options, workers=workers)
     except BaseException:
         workers.kill()
         raise
 
 
+def _check_head(checkpoint: Checkpoint, head: type[Model], *, use: str) -> None:
+    with torch.device("meta"):
+        require_head(build_model(checkpoint.config), head, use=use)
+
+
+def _check_length(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    trained, asked = context_limit(checkpoint.config), options.max_model_len
+    if trained is not None and isinstance(asked, int) and asked > trained:
+        first = "convert it with `internlm2 model convert` and " if checkpoint.path.is_file() else ""
+        raise RequestError(
+            f"max_model_len is {asked}, but {checkpoint.path} is made for {trained} tokens. Give at most that, or "
+            f'{first}put "rope_scaling": {{"type": "dynamic", "factor": 2.0}} into config.json, which stretches '
+            "positions beyond it (docs/long-context.md)."
+        )
+
+
 def build(
-    model: Model, tokenizer: Tokenizer, options: EngineOptions, workers: Workers | None = None
+    model: Model,
+    tokenizer: Tokenizer,
+    options: EngineOptions,
+    *,
+    draft: CausalLM | None = None,
+    workers: Workers | None = None,
 ) -> Loaded:
-    """An engine around a model that is loaded already. workers: who holds the other parts of it."""
+    """An engine around a model that is loaded already.
+
+    draft: a small model that guesses. workers: who holds the other parts of the model.
+    """
     weight = model.model.tok_embeddings.weight
-    draft = None if options.draft_path is None else _load_draft(options.draft_path, tokenizer, options)
     left = memory.available_on(weight.device) if workers is None else workers.bytes_left()
     sizes = _sizes(
         model.config, None if draft is None else draft.config, options, dtype=weight.dtype, left=left
@@ -263,8 +211,8 @@ def _nothing() -> None:
     """What closing a model of one process does."""
 
 
-def _load_draft(path: str | Path, tokenizer: Tokenizer, options: EngineOptions) -> CausalLM:
-    """The small model that guesses, once its vocabulary is known to be that of `tokenizer`."""
+def _open_draft(path: str | Path, tokenizer: Tokenizer) -> Checkpoint:
+    """The small model that guesses, known to be complete and to have the vocabulary of `tokenizer`."""
     checkpoint, own = open_with_tokenizer(path)
     if list(own.token_bytes) != list(tokenizer.token_bytes):
         differing = sum(a != b for a, b in zip(own.token_bytes, tokenizer.token_bytes, strict=False))
@@ -272,6 +220,12 @@ def _load_draft(path: str | Path, tokenizer: Tokenizer, options: EngineOptions) 
             f"The draft model {path} has another vocabulary ({own.vocab_size} tokens against {tokenizer.vocab_size}, "
             f"{differing} of them different). Give a model with the same tokenizer, or use speculative='lookup'."
         )
+    _check_head(checkpoint, CausalLM, use="drafting")
+    check_complete(checkpoint)
+    return checkpoint
+
+
+def _load_draft(checkpoint: Checkpoint, options: EngineOptions) -> CausalLM:
     model = load_checkpoint(checkpoint, dtype=options.dtype, device=options.device)
     return require_head(model, CausalLM, use="drafting")
 

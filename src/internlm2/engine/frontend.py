@@ -4,7 +4,6 @@ One thread computes (`engine_thread.py`); callers wait for mail. A caller that l
 request go; nothing it held stays behind, and nobody else notices.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from internlm2.engine.admission import Admission
 from internlm2.engine.core import Engine, Update
 from internlm2.engine.engine_thread import EngineThread
+from internlm2.engine.fork_guard import ForkGuard
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.sampling.sampler import SamplingState
 from internlm2.engine.schedule.request import Sequence as Request
@@ -167,7 +167,7 @@ class Frontend:
         self._admission = admission
         self._streams: dict[int, tuple[Ticket, TextStream | None]] = {}  # touched by the engine's thread only
         self._is_closed = False
-        self._process = os.getpid()
+        self._home = ForkGuard()
         self._num_threads = 0  # of the matrix products; a thread has a number of its own
         self._thread = EngineThread(self)
 
@@ -239,11 +239,7 @@ class Frontend:
     def _check_usable(self) -> None:
         if self._is_closed:
             raise RequestError(_CLOSED)
-        if os.getpid() != self._process:
-            raise RequestError(
-                "This model was loaded before the process was forked, and its thread did not come along. Load it in "
-                "the child process, or start that with multiprocessing's 'spawn'."
-            )
+        self._home.check()
 
     def abort(self, ticket: Ticket) -> None:
         """Let a request go, before the next step; whoever else waits for it gets a RequestError. From anywhere."""

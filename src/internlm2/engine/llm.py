@@ -94,7 +94,7 @@ class LLM:
             tensor_parallel=tensor_parallel,
             quantization=quantization,
         )
-        loaded = load(path, options)
+        loaded = load(path, options, head=CausalLM, use="generating text")
         self.model = require_head(loaded.model, CausalLM, use="generating text")
         self.tokenizer = loaded.tokenizer
         self.max_model_len = loaded.max_model_len

@@ -6,6 +6,8 @@ the value at it is the score (model card of InternLM2-Reward).
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from internlm2.checkpoint.load import require_head
 from internlm2.engine.build import EngineOptions, load
@@ -27,15 +29,28 @@ class RewardScorer:
     def __init__(
         self, path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu", tensor_parallel: int = 1
     ) -> None:
-        loaded = load(path, EngineOptions(dtype=dtype, device=device, tensor_parallel=tensor_parallel))
+        options = EngineOptions(dtype=dtype, device=device, tensor_parallel=tensor_parallel)
+        loaded = load(path, options, head=RewardModel, use="scoring conversations")
         self.model = require_head(loaded.model, RewardModel, use="scoring conversations")
         self.tokenizer = loaded.tokenizer
         self.frontend = loaded.frontend
         self._close = loaded.close
 
     def close(self) -> None:
-        """End the other processes of a split model."""
+        """End its thread, and the other processes of a split model. A second call does nothing.
+
+        A model that nobody uses any more ends by itself; `with RewardScorer(...) as scorer:` ends it for certain.
+        """
+        self.frontend.close()
         self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation as the reward model reads it, the reward token last."""

@@ -60,12 +60,14 @@ class TensorGroup:
             torch.cuda.set_device(device)  # NCCL and Triton look at the current device
             device = torch.device("cuda", torch.cuda.current_device())
         timeout = timedelta(seconds=timeout_seconds)
+        has_joined = False
         try:
             store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            has_joined = True
             messages = dist.new_group(backend="gloo", timeout=_IDLE_LIMIT)
         except dist.DistError as error:
-            if dist.is_initialized():
+            if has_joined:  # and not another group, of another thread
                 dist.destroy_process_group()
             raise RequestError(
                 f"Rank {rank} could not meet the {size} processes of its group at {address} within "
