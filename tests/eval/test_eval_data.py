@@ -52,9 +52,7 @@ def test_the_samples_are_told_apart_from_the_published_files(sample):
 
 def test_the_shared_data_is_complete(shared):
     assert all(
-        not one.missing and not one.differing
-        for one in examine(shared.path)
-        if one.name not in OPTIONAL
+        not one.missing and not one.differing for one in examine(shared.path) if one.name not in OPTIONAL
     )
 
 

@@ -119,7 +119,9 @@ def test_the_program_that_is_run(sample):
     ],
 )
 def test_which_truncation_a_profile_uses(profile, chat, body, sample):
-    found = verdict("humaneval:0", "    a\n\n    b\nc\n", sample, profile, chat=chat, run=lambda *_, **__: True)
+    found = verdict(
+        "humaneval:0", "    a\n\n    b\nc\n", sample, profile, chat=chat, run=lambda *_, **__: True
+    )
     assert found.extracted.rstrip("\n") == body.rstrip("\n")
 
 
@@ -336,4 +338,3 @@ def test_reference_programs_score_the_same_in_the_sandbox(name, profile, chat, r
     if (name, profile) == ("sanitized_mbpp", "card-2024-01"):
         failed.add(SLOW_MBPP)
     assert len(items) - len(failed) == right, sorted(failed)
-

@@ -5,13 +5,21 @@ twice. It holds no reference to its owner while it waits, so an engine that nobo
 thread with it; at the end of the program the step that is running is finished first.
 """
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from internlm2.errors import RequestError
+
+CLOSED = "This model was closed. Load it again."
+
 Call = Callable[[], None]
+
+_log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
@@ -31,15 +39,26 @@ class _EndedError(Exception):
 
 
 class EngineThread:
-    """Calls and steps of `owner`, one after the other."""
+    """Calls and steps of `owner`, one after the other.
+
+    has_ended: whether the end was asked for; calls that are posted afterwards may never be done.
+    """
 
     def __init__(self, owner: Owner) -> None:
-        # NOTE: a queue that may be entered again: `post` may run inside a garbage collection, in a thread that is here.
+        # NOTE: queues that may be entered again: `post` may run inside a garbage collection, in a thread that is here.
         self._calls: SimpleQueue[Call] = SimpleQueue()
-        arguments = (weakref.ref(owner), self._calls)
+        self._gone: SimpleQueue[None] = SimpleQueue()  # has an item once the thread has left its loop
+        self.has_ended = False
+        arguments = (weakref.ref(owner), self._calls, self._gone)
         self._thread = threading.Thread(target=_run, args=arguments, name="internlm2-engine", daemon=True)
-        self._thread.start()
-        weakref.finalize(owner, self.end)  # at the end of the interpreter, if not before
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C: nobody else would end it
+            self.post(_end)
+            raise
+        self._finalizer = weakref.finalize(
+            owner, self._end_for_certain
+        )  # at the end of the program, if not before
 
     def post(self, call: Call) -> None:
         """Let the thread do `call` before its next step. From anywhere, `__del__` included."""
@@ -47,9 +66,11 @@ class EngineThread:
 
     def settle(self) -> None:
         """Wait until all calls that were posted are done; steps may go on."""
+        if self._thread is threading.current_thread():
+            return  # it cannot wait for itself
         done: SimpleQueue[None] = SimpleQueue()
         self.post(lambda: done.put(None))
-        while self._thread.is_alive():
+        while self._gone.empty():
             try:
                 done.get(timeout=0.1)
             except Empty:
@@ -57,47 +78,70 @@ class EngineThread:
             return
 
     def end(self) -> None:
-        """Let the thread finish its step and end. Calls that are posted later are not done."""
+        """Let the thread finish its step, fail what is open, and end. May be called again, by several threads."""
+        self.has_ended = True
         self.post(_end)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is threading.current_thread():
+            return
+        # NOTE: not Thread.join: Ctrl-C in it makes Python 3.11 take a thread that runs for one that has ended.
+        self._gone.get()
+        self._gone.put(None)
+        self._finalizer.detach()  # which would keep the calls that came too late, and what they hold
+
+    def _end_for_certain(self) -> None:
+        while True:  # a thread that computes while the interpreter is taken down may crash it
+            try:
+                return self.end()
+            except KeyboardInterrupt:
+                continue
 
 
 def _end() -> None:
     raise _EndedError
 
 
-def _run(owner_reference: "weakref.ref[Owner]", calls: "SimpleQueue[Call]") -> None:
-    while True:
-        call = calls.get()
-        owner = owner_reference()
-        if owner is None:
-            return
-        try:
-            _work(owner, call, calls)
-        except _EndedError:
-            return
-        del owner, call  # nothing is held while it waits
+def _run(
+    owner_reference: "weakref.ref[Owner]", calls: "SimpleQueue[Call]", gone: "SimpleQueue[None]"
+) -> None:
+    try:
+        while True:
+            ready = [calls.get()]
+            owner = owner_reference()
+            if owner is None:
+                return
+            try:
+                _work(owner, ready, calls)
+            except _EndedError:
+                _fail(owner, RequestError(CLOSED))
+                return
+            del owner  # nothing is held while it waits
+    finally:
+        gone.put(None)
 
 
-def _work(owner: Owner, call: Call | None, calls: "SimpleQueue[Call]") -> None:
+def _work(owner: Owner, ready: list[Call], calls: "SimpleQueue[Call]") -> None:
     """Do what has been asked, and step until there is no work. Raises _EndedError when the end was asked for."""
     while True:
         try:
-            while call is not None:
-                call()
-                call = _next(calls)
+            while ready:
+                ready.pop()()
+                _fetch(ready, calls)
             if not owner.step():
                 return
         except _EndedError:
             raise
         except BaseException as error:
-            owner.fail(error)
-        call = _next(calls)
+            _fail(owner, error)
+        _fetch(ready, calls)
 
 
-def _next(calls: "SimpleQueue[Call]") -> Call | None:
+def _fetch(ready: list[Call], calls: "SimpleQueue[Call]") -> None:
+    with suppress(Empty):
+        ready.append(calls.get_nowait())
+
+
+def _fail(owner: Owner, error: BaseException) -> None:
     try:
-        return calls.get_nowait()
-    except Empty:
-        return None
+        owner.fail(error)
+    except Exception:
+        _log.exception("Requests could not be told that a step failed.")  # the thread goes on for the others

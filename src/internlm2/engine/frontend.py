@@ -4,20 +4,22 @@ One thread computes (`engine_thread.py`); callers wait for mail. A caller that l
 request go; nothing it held stays behind, and nobody else notices.
 """
 
+import copy
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import torch
 
 from internlm2.engine.admission import Admission
 from internlm2.engine.core import Engine, Update
-from internlm2.engine.engine_thread import EngineThread
+from internlm2.engine.engine_thread import CLOSED, EngineThread
 from internlm2.engine.fork_guard import ForkGuard
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.sampling.sampler import SamplingState
@@ -31,14 +33,14 @@ T = TypeVar("T")
 
 _PROGRESS_SECONDS = 0.1  # how often a caller that wants to know looks how far its prompt is
 
-_CLOSED = "This model was closed. Load it again."
+_log = logging.getLogger(__name__)
 
 
 class Ticket:
     """What a caller holds for its request: the sequences, and the mail that has come for them.
 
-    on_mail: called in the thread of the engine when the ticket is done, and for a stream whenever pieces have come.
-    Without it, `wait` waits.
+    on_mail: called when the ticket is done, and for a stream whenever pieces have come; in the thread of the engine, so
+    it must not wait for anything. Without it, `wait` waits.
     """
 
     def __init__(
@@ -48,7 +50,6 @@ class Ticket:
         self.pieces: deque[Piece] = deque()
         self.last_updates: list[Update] = []  # the finishing update of each sequence
         self.error: BaseException | None = None
-        self._trace: TracebackType | None = None
         # NOTE: not an Event: Ctrl-C inside Event.wait can leave its lock in a state that another thread stumbles over.
         self._mail: SimpleQueue[None] = SimpleQueue()
         self.additions: deque[Callable[[], None]] = deque()  # what gives the sequences to the engine
@@ -63,10 +64,10 @@ class Ticket:
 
     def wait(self, seconds: float | None = None) -> None:
         """Sleep until there is mail, or for so long. Look first: mail that was read already does not wake again."""
-        try:
+        with suppress(Empty):
             self._mail.get(timeout=seconds)
-        except Empty:
-            return
+        if self.is_done and self._mail.empty():
+            self._mail.put(None)  # there may be others who wait
 
     def close_one(self, update: Update) -> None:
         """Note that one of the sequences is finished."""
@@ -77,7 +78,7 @@ class Ticket:
     def fail(self, error: BaseException) -> None:
         """End all of it with an exception."""
         if not self.is_done:
-            self.error, self._trace, self._num_open = error, error.__traceback__, 0
+            self.error, self._num_open = error, 0
             self.notify()
 
     def notify(self) -> None:
@@ -85,14 +86,27 @@ class Ticket:
         if not self.is_done and not self._is_stream:
             return
         if self._on_mail is not None:
-            self._on_mail()
+            try:
+                self._on_mail()
+            except Exception:
+                _log.exception("A callback for mail raised.")  # other callers go on
         elif self._mail.empty():
             self._mail.put(None)
 
     def raise_error(self) -> None:
         """Raise what ended it badly, if anything did."""
         if self.error is not None:
-            raise self.error.with_traceback(self._trace)  # one exception may be raised in many places
+            raise _own(self.error)
+
+
+def _own(error: BaseException) -> BaseException:
+    """A copy for one caller: one exception that many callers raise would tell each of the others' frames."""
+    try:
+        own = copy.copy(error)
+    except Exception:
+        return error
+    own.__cause__, own.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return own.with_traceback(error.__traceback__)
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,7 @@ class Pieces:
             if is_done:
                 ticket.raise_error()
                 raise StopIteration
+            self._frontend.check_process()
             ticket.wait(None if self._on_progress is None else _PROGRESS_SECONDS)
             self._report()
 
@@ -166,9 +181,11 @@ class Frontend:
         self.tokenizer = tokenizer
         self._admission = admission
         self._streams: dict[int, tuple[Ticket, TextStream | None]] = {}  # touched by the engine's thread only
-        self._is_closed = False
         self._home = ForkGuard()
-        self._num_threads = 0  # of the matrix products; a thread has a number of its own
+        self._gates: list[SimpleQueue[None]] = []
+        self._maker = threading.get_ident()
+        self._num_threads = torch.get_num_threads()  # of the maker's; each thread has a number of its own
+        self._threads_set = 0
         self._thread = EngineThread(self)
 
     # -- taking requests ----------------------------------------------------------------------------------
@@ -223,29 +240,40 @@ class Frontend:
             self._check_usable()
             for ticket in prepared:
                 tickets.append(ticket)
-            self._thread.post(partial(self._add_all, tickets, torch.get_num_threads()))
+            if threading.get_ident() == self._maker:
+                self._num_threads = torch.get_num_threads()
+            self._thread.post(partial(self._add_all, tickets))
+            if self._thread.has_ended:  # meanwhile; nobody may look at what was posted
+                raise RequestError(CLOSED)
         return tickets
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """No step begins inside: requests that are submitted one by one begin together afterwards."""
         gate: SimpleQueue[None] = SimpleQueue()
-        self._thread.post(gate.get)
+        self._gates.append(gate)
         try:
+            self._thread.post(gate.get)
             yield
         finally:
             gate.put(None)
+            self._gates.remove(gate)
 
     def _check_usable(self) -> None:
-        if self._is_closed:
-            raise RequestError(_CLOSED)
+        if self._thread.has_ended:
+            raise RequestError(CLOSED)
+        self.check_process()
+
+    def check_process(self) -> None:
+        """Raise RequestError in a forked child, which has no thread that computes."""
         self._home.check()
 
     def abort(self, ticket: Ticket) -> None:
         """Let a request go, before the next step; whoever else waits for it gets a RequestError. From anywhere."""
         if not ticket.is_done:
-            aborted = RequestError("This request was aborted before its answer was complete.")
-            self._thread.post(partial(self._end, ticket, aborted))
+            self._thread.post(
+                lambda: self._abort(ticket)
+            )  # no globals: they may be gone at the end of the program
 
     @contextmanager
     def _all_or_none(self, tickets: list[Ticket]) -> Iterator[None]:
@@ -270,6 +298,7 @@ class Frontend:
     def wait(self, tickets: Sequence[Ticket]) -> None:
         """Until all tickets are done; on the way out, whatever the reason, none is left in the engine."""
         try:
+            self.check_process()
             for ticket in tickets:
                 while not ticket.is_done:
                     ticket.wait()
@@ -289,8 +318,9 @@ class Frontend:
 
     def close(self) -> None:
         """End the thread; requests that are open raise RequestError. A second call does nothing."""
-        self._is_closed = True
-        self._thread.post(partial(self.fail, RequestError(_CLOSED)))
+        self._thread.has_ended = True
+        for gate in tuple(self._gates):
+            gate.put(None)
         self._thread.end()
 
     # -- in the thread of the engine ----------------------------------------------------------------------
@@ -299,9 +329,13 @@ class Frontend:
         """Compute one step and hand out what it brings; False when there is nothing to do."""
         if not self.engine.has_work:
             return False
-        tickets = [self._deliver(update) for update in self.engine.step()]
-        for ticket in dict.fromkeys(tickets):
-            ticket.notify()
+        tickets: dict[Ticket, None] = {}
+        try:
+            for update in self.engine.step():
+                tickets[self._deliver(update)] = None
+        finally:
+            for ticket in tickets:
+                ticket.notify()
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -309,13 +343,18 @@ class Frontend:
         for ticket in dict.fromkeys(ticket for ticket, _ in self._streams.values()):
             self._end(ticket, error)
 
-    def _add_all(self, tickets: Iterable[Ticket], num_threads: int) -> None:
-        if num_threads != self._num_threads:
-            torch.set_num_threads(num_threads)
-            self._num_threads = num_threads
-        for ticket in tickets:
-            while ticket.additions:
-                ticket.additions.popleft()()
+    def _add_all(self, tickets: Iterable[Ticket]) -> None:
+        if self._num_threads != self._threads_set:
+            self._threads_set = self._num_threads
+            torch.set_num_threads(self._threads_set)
+        try:
+            for ticket in tickets:
+                while ticket.additions:
+                    ticket.additions.popleft()()
+        except BaseException as error:
+            for ticket in tickets:
+                self._end(ticket, error)
+            raise
 
     def _add(
         self,
@@ -327,6 +366,9 @@ class Frontend:
     ) -> None:
         self._streams[request.sequence_id] = (ticket, stream)
         self.engine.add(request, state, top=top)
+
+    def _abort(self, ticket: Ticket) -> None:
+        self._end(ticket, RequestError("This request was aborted before its answer was complete."))
 
     def _end(self, ticket: Ticket, error: BaseException) -> None:
         ticket.additions.clear()

@@ -15,6 +15,7 @@ class Waiter:
 
     def __init__(self) -> None:
         self.tickets: list[Ticket] = []
+        self.is_left = False
         self._loop = _running_loop()
         self._mail = asyncio.Event()
         self._failure: RequestError | None = None
@@ -57,11 +58,17 @@ class Waiters:
     async def open_in_thread(self, submit: Callable[[Callable[[], None]], list[Ticket]]) -> Waiter:
         """As `open`, but `submit` runs in another thread."""
         waiter = self._begin()
-        task = asyncio.create_task(asyncio.to_thread(submit, waiter.wake))
+
+        def work() -> None:
+            waiter.tickets = submit(waiter.wake)
+            if waiter.is_left:
+                self.let_go(waiter)
+
         try:
-            waiter.tickets = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._forget)  # the thread cannot be stopped; what it brings is let go
+            await asyncio.to_thread(work)
+        except BaseException:
+            waiter.is_left = True  # the thread cannot be stopped; what it brings is let go, here or there
+            self.let_go(waiter)
             raise
         return self._enter(waiter)
 
@@ -77,11 +84,6 @@ class Waiters:
             waiter.fail(_closed())
             self.let_go(waiter)
         return waiter
-
-    def _forget(self, task: "asyncio.Task[list[Ticket]]") -> None:
-        if not task.cancelled() and task.exception() is None:
-            for ticket in task.result():
-                self._frontend.abort(ticket)
 
     async def run(self, begin: Callable[[Callable[[], None]], Job[T]]) -> T:
         """Begin a job, wait for all its requests, and read the result."""

@@ -45,32 +45,62 @@ class _Asked:
             return Answer(error=str(error))
 
 
-class _Turns:
-    """The engine and whoever asks it take turns: a run that is repeated computes the same batches, to the last bit."""
+class _Asking:
+    """Questions in the engine, as many as fit into the window; each that is answered makes room for the next.
 
-    def __init__(self) -> None:
-        self._mail: SimpleQueue[None] = SimpleQueue()
-        self._go: SimpleQueue[None] = SimpleQueue()
-        self._is_left = False
+    New questions are asked in the engine's thread, before its next step: a run that is repeated computes the same
+    batches, to the last bit, however long its caller takes over an answer.
+    """
 
-    def on_mail(self) -> None:
-        """In the engine's thread, when a question is answered: others take its place before the next step."""
-        if not self._is_left:
-            self._mail.put(None)
-            self._go.get()
+    def __init__(
+        self, requests: Iterator[Request], ask: Callable[[Request, Callable[[], None]], _Asked]
+    ) -> None:
+        self.found: SimpleQueue[tuple[Request, Answer] | BaseException | None] = SimpleQueue()
+        self._waiting: Iterator[Request] | None = requests
+        self._ask = ask
+        self._open: list[_Asked] = []
+        self.is_left = False
 
-    def wait(self) -> None:
-        """Until the engine waits."""
-        self._mail.get()
+    def fill(self) -> None:
+        """Ask until the window is full. What comes of it lies in `found`: None is the end."""
+        try:
+            while self._waiting is not None and len(self._open) < WINDOW and not self.is_left:
+                request = next(self._waiting, None)
+                if request is None:
+                    self._waiting = None
+                else:
+                    self._take(request)
+        except BaseException as error:
+            self._waiting = None
+            self.found.put(error)
+            return
+        if self._waiting is None and not self._open:
+            self.found.put(None)
 
-    def go_on(self) -> None:
-        """Let the engine go on."""
-        self._go.put(None)
+    def _take(self, request: Request) -> None:
+        try:
+            self._open.append(self._ask(request, self._on_mail))
+        except RequestError as error:
+            self.found.put((request, Answer(error=str(error))))
 
-    def leave(self) -> None:
-        """The engine need not wait any more."""
-        self._is_left = True
-        self._go.put(None)
+    def _on_mail(self) -> None:
+        done = [one for one in self._open if one.is_done]
+        if not done or self.is_left:
+            return
+        self._open = [one for one in self._open if not one.is_done]
+        try:
+            for one in done:
+                self.found.put((one.request, one.answer()))
+        except BaseException as error:
+            self._waiting = None
+            self.found.put(error)
+            return
+        self.fill()
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """What is open."""
+        return [ticket for one in self._open for ticket in one.tickets]
 
 
 class EngineModel:
@@ -99,40 +129,20 @@ class EngineModel:
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         """See `LanguageModel.answer`."""
-        waiting = iter(requests)
-        asked: list[_Asked] = []
-        turns = _Turns()
+        asking = _Asking(iter(requests), self._ask)
+        frontend = self._llm.frontend
         try:
-            with self._llm.frontend.held():
-                refused = self._fill(asked, waiting, turns)
-            while True:
-                yield from refused
-                if not asked:
-                    return
-                turns.wait()
-                done = [one for one in asked if one.is_done]
-                asked[:] = [one for one in asked if not one.is_done]
-                refused = self._fill(asked, waiting, turns)
-                turns.go_on()
-                for one in done:
-                    yield one.request, one.answer()
+            with frontend.held():
+                asking.fill()
+            while (found := asking.found.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
         finally:
-            turns.leave()
-            for one in asked:
-                for ticket in one.tickets:
-                    self._llm.frontend.abort(ticket)
-
-    def _fill(
-        self, asked: list[_Asked], waiting: Iterator[Request], turns: "_Turns"
-    ) -> list[tuple[Request, Answer]]:
-        """Ask until the window is full. Returns those that cannot be asked."""
-        refused: list[tuple[Request, Answer]] = []
-        while len(asked) + len(refused) < WINDOW and (request := next(waiting, None)) is not None:
-            try:
-                asked.append(self._ask(request, turns.on_mail))
-            except RequestError as error:
-                refused.append((request, Answer(error=str(error))))
-        return refused
+            asking.is_left = True
+            frontend.settle()  # whatever is asked at this moment has been asked then
+            for ticket in asking.tickets:
+                frontend.abort(ticket)
 
     def encode(self, prompt: Prompt, label: str = "") -> list[int]:
         """The ids of a whole prompt: the start id first; control tokens of a chat only around its turns."""
