@@ -25,7 +25,7 @@ from hardware import RESULTS, foreign_load, header
 from sse_client import Asked, ask
 
 ROUNDS, STREAMS, STREAM_TOKENS = 5, 32, 48
-OURS = f"{sys.executable} -m internlm2 serve demo --port {{port}}"
+OURS = f"{sys.executable} -m internlm2 serve demo --port {{port}} --memory-gib 1"
 TOPICS = (
     "the printing press",
     "how rivers form",
@@ -37,7 +37,7 @@ TOPICS = (
 BARE = """
 import json, sys, time
 from internlm2 import LLM, SamplingParams
-llm = LLM("demo", dtype="auto")
+llm = LLM("demo", dtype="bfloat16", memory_gib=1)
 for line in sys.stdin:
     prompts = json.loads(line)
     ids = [llm.tokenizer.apply_chat([{"role": "user", "content": p}]) for p in prompts]

@@ -1,4 +1,4 @@
-"""docs/server.md: what it says to type works."""
+"""docs/serving.md: what it says to type works."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from serve_running import DEFAULTS, running
 from folders import write_chat_folder
 from internlm2 import RewardScorer
 
-PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
