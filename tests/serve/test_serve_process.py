@@ -13,6 +13,9 @@ import httpx2
 import pytest
 from openai import OpenAI
 
+from internlm2.cli import serve as serve_command
+from internlm2.cli.serve import ServeConfig
+
 MESSAGES = [{"role": "user", "content": "Hello"}]
 COMMAND = [sys.executable, "-m", "internlm2"]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "INTERNLM2_API_KEY"} | {
@@ -189,3 +192,10 @@ def test_without_the_extra_one_sentence_says_what_to_install(chat_folder):
     )
     assert done.returncode == 2
     assert "pip install 'internlm2[serve]'" in done.stderr
+
+
+def test_how_many_answers_run_at_once_is_the_engines_and_the_gates_number(chat_folder):
+    config = ServeConfig(max_running=3, dtype="float32")
+    assert serve_command._settings("demo", config).max_running == 3
+    with serve_command._load(str(chat_folder), config) as llm:
+        assert llm.frontend.engine.scheduler.max_num_seqs == 3

@@ -283,7 +283,8 @@ def _self_check(answers: "LanguageModel", look: _Look | None, *, is_chat: bool, 
 def _endpoint(
     url: str, model: str, config: RunConfig, *, key_name: str | None, concurrency: int
 ) -> "LanguageModel":
-    from internlm2.eval.backends.endpoint import EndpointError, EndpointModel
+    from internlm2.endpoint import EndpointError
+    from internlm2.eval.backends.endpoint import EndpointModel
 
     given = [one.name for one in fields(config) if getattr(config, one.name) != one.default]
     _refuse(config, [name for name in given if name != "seed"], "an endpoint decides it")

@@ -125,7 +125,7 @@ def sampling(config: RunConfig) -> "SamplingParams":
     )
 
 
-def load_llm(model: str, config: RunConfig) -> "LLM":
+def load_llm(model: str, config: RunConfig, *, max_num_seqs: int = 64) -> "LLM":
     """Load the model on the device and in the dtype that the configuration asks for."""
     import torch
 
@@ -150,6 +150,7 @@ def load_llm(model: str, config: RunConfig) -> "LLM":
         max_model_len=config.max_model_len,
         kv_dtype=config.kv_dtype,
         memory_gib=config.memory_gib,
+        max_num_seqs=max_num_seqs,
         speculative=config.speculative,
         adapters=None if config.adapter is None else {ADAPTER: config.adapter},
         deterministic=config.deterministic,

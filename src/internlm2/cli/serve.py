@@ -32,6 +32,7 @@ class ServeConfig(RunConfig):
     insecure: bool = False
     allowed_host: tuple[str, ...] = ()
     cors_origin: tuple[str, ...] = ()
+    max_running: int = 64
     max_queue: int = 256
     max_per_key: int = 64
     body_mib: float = 8.0
@@ -72,6 +73,7 @@ class ServeFlags:
             help="Web page that may call from a browser, as https://example.org; * is all.", negative=()
         ),
     ] = None
+    max_running: Annotated[int | None, Parameter(help="Answers that are computed at once [64].")] = None
     max_queue: Annotated[int | None, Parameter(help="Answers that may wait; more get status 429 [256].")] = (
         None
     )
@@ -183,6 +185,7 @@ def _settings(model: str, config: ServeConfig) -> "ServeSettings":
         allowed_hosts=config.allowed_host,
         cors_origins=config.cors_origin,
         defaults=options.sampling(config),
+        max_running=config.max_running,
         max_queue=config.max_queue,
         max_per_key=config.max_per_key,
         body_bytes=int(config.body_mib * MIB),
@@ -199,7 +202,7 @@ def _load(model: str, config: ServeConfig) -> "LLM | RewardScorer":
     from internlm2.engine.reward import RewardScorer
 
     if open_checkpoint(resolve_model(model)).config.head != "reward":
-        return options.load_llm(model, config)
+        return options.load_llm(model, config, max_num_seqs=config.max_running)
     import torch
 
     if config.threads:

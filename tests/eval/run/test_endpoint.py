@@ -7,8 +7,9 @@ import time
 import pytest
 from endpoint_server import completion, echo, serving
 
+from internlm2.endpoint import EndpointError
 from internlm2.engine.llm import LLM
-from internlm2.eval.backends.endpoint import NUM_TRIES, EndpointError, EndpointModel
+from internlm2.eval.backends.endpoint import NUM_TRIES, EndpointModel
 from internlm2.eval.backends.engine import EngineModel
 from internlm2.eval.model import Request
 from internlm2.eval.profile import find_profile
@@ -121,7 +122,7 @@ def test_a_reply_that_is_none_is_an_error_of_the_question(content, told):
 
 
 def test_a_reply_without_bounds_is_an_error_of_the_question(monkeypatch):
-    monkeypatch.setattr("internlm2.eval.backends.endpoint.MAX_REPLY_BYTES", 1 << 20)
+    monkeypatch.setattr("internlm2.endpoint.MAX_REPLY_BYTES", 1 << 20)
     with serving(lambda path, body: (200, b"x" * (2 << 20))) as server:
         assert "reply is longer than 1 MiB" in answer(model_of(server.url), TEXT).error
 

@@ -6,38 +6,17 @@ what concerns all of them (no server, wrong key, unknown model) ends the run, wh
 
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from email.message import Message
-from http.client import HTTPException, HTTPMessage
 from queue import Queue
 from threading import Event, Thread
-from typing import IO
-from urllib.parse import urlsplit
 
-from internlm2.errors import InternLM2Error, RequestError
+from internlm2.endpoint import Endpoint, EndpointError, ReplyError, usage, whole
+from internlm2.errors import RequestError
 from internlm2.eval.model import Answer, Request, compare_labels
 from internlm2.eval.task import ChatPrompt
 
 NUM_TRIES = 6
-MAX_WAIT_SECONDS = 60.0
-MAX_REPLY_BYTES = 64 << 20
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 402, 403, 404, 405})
-
-
-class EndpointError(InternLM2Error):
-    """An endpoint that answers no question: wrong address, key or model, or it lacks what labels need."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(  # noqa: PLR0917 - the library calls it so
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> None:  # fmt: skip
-        return None
 
 
 class EndpointModel:
@@ -60,21 +39,14 @@ class EndpointModel:
         timeout_seconds: float = 600.0,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise EndpointError(
-                f"The endpoint is {url!r}, but must be like http://localhost:8000/v1, without a key in it."
-            )
+        self._endpoint = Endpoint(
+            url, api_key=api_key, num_tries=NUM_TRIES, timeout_seconds=timeout_seconds, pause=pause
+        )
         if concurrency < 1:
             raise EndpointError(f"concurrency is {concurrency}, but must be at least 1.")
-        self._url = url.rstrip("/")
         self._name = name
-        self._api_key = api_key
         self._concurrency = concurrency
-        self._timeout_seconds = timeout_seconds
-        self._pause = pause
-        self._opener = urllib.request.build_opener(_NoRedirect())
-        self.description: Mapping[str, str] = {"name": name, "endpoint": self._url}
+        self.description: Mapping[str, str] = {"name": name, "endpoint": self._endpoint.url}
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         """See `LanguageModel.answer`."""
@@ -141,10 +113,10 @@ class EndpointModel:
         if not isinstance(text, str):
             raise RequestError(f"The endpoint's reply holds no text: {json.dumps(reply)[:200]}.")
         return Answer(
-            text.encode("utf-8", "replace").decode(),  # lone surrogates cannot be written to a file
+            whole(text),
             finish_reason=str(choice.get("finish_reason") or ""),
-            prompt_tokens=_usage(reply, "prompt_tokens") or 0,
-            output_tokens=_usage(reply, "completion_tokens") or 0,
+            prompt_tokens=usage(reply, "prompt_tokens") or 0,
+            output_tokens=usage(reply, "completion_tokens") or 0,
         )
 
     def _compare(self, request: Request) -> Answer:
@@ -162,11 +134,11 @@ class EndpointModel:
         found = _first_choice(reply).get("logprobs")
         tokens = found.get("tokens") if isinstance(found, dict) else None
         logprobs = found.get("token_logprobs") if isinstance(found, dict) else None
-        count = _usage(reply, "prompt_tokens")
+        count = usage(reply, "prompt_tokens")
         if not isinstance(tokens, list) or not isinstance(logprobs, list) or count is None:
             raise EndpointError(
-                f"{self._url} does not give log-probabilities of a prompt (`echo` with `logprobs`), which comparing "
-                "labels needs. Use --chat, or a server that gives them, such as `internlm2 serve` or vLLM."
+                f"{self._endpoint.url} does not give log-probabilities of a prompt (`echo` with `logprobs`), which "
+                "comparing labels needs. Use --chat, or a server that gives them, such as `internlm2 serve` or vLLM."
             )
         values = logprobs[1:count]  # behind the prompt stands the token that had to be generated
         is_whole = len(tokens) == len(logprobs) and 1 < count <= len(tokens)
@@ -174,52 +146,18 @@ class EndpointModel:
             raise RequestError("The endpoint gave log-probabilities of a part of the prompt only.")
         return [str(token) for token in tokens[:count]], [float(value) for value in values]
 
-    # -- HTTP ---------------------------------------------------------------------------------------------
-
     def _post(self, path: str, body: Mapping[str, object]) -> dict[str, object]:
-        """The reply to a question, tried again while it may pass."""
-        url = f"{self._url}/{path}"
-        headers = {"Content-Type": "application/json"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        content = json.dumps({"model": self._name, **body}).encode()
-        for n in range(NUM_TRIES):
-            is_last = n == NUM_TRIES - 1
-            seconds = min(2.0**n, MAX_WAIT_SECONDS)
-            try:
-                question = urllib.request.Request(url, content, headers)
-                with self._opener.open(question, timeout=self._timeout_seconds) as stream:
-                    return _parse(stream.read(MAX_REPLY_BYTES + 1))
-            except urllib.error.HTTPError as error:
-                said = _said(error)
-                if error.code in _HOPELESS or 300 <= error.code < 400:
-                    raise EndpointError(
-                        f"{url} answered {error.code}: {said} Check the address, the model and the key."
-                    ) from error
-                if error.code not in _PASSING or is_last:
-                    tries = f" after {NUM_TRIES} tries" if error.code in _PASSING else ""
-                    raise RequestError(f"The endpoint answered {error.code}{tries}: {said}") from error
-                seconds = max(seconds, _retry_after(error.headers))
-            except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-                if is_last:
-                    raise EndpointError(
-                        f"No answer from {url} in {NUM_TRIES} tries: {error or type(error).__name__}. Check that it "
-                        "is there, then start the run again: it goes on where it was."
-                    ) from error
-            self._pause(seconds)
-        raise AssertionError("the last try returns or raises")
-
-
-def _parse(content: bytes) -> dict[str, object]:
-    if len(content) > MAX_REPLY_BYTES:
-        raise RequestError(f"The endpoint's reply is longer than {MAX_REPLY_BYTES >> 20} MiB.")
-    try:
-        reply = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"The endpoint's reply is no JSON: {content[:200]!r}.") from error
-    if not isinstance(reply, dict):
-        raise RequestError(f"The endpoint's reply is no JSON object: {content[:200]!r}.")
-    return reply
+        try:
+            return self._endpoint.post(path, {"model": self._name, **body})
+        except ReplyError as error:
+            raise RequestError(str(error)) from error
+        except EndpointError as error:
+            if error.status is None:
+                raise EndpointError(f"{error} Start the run again then: it goes on where it was.") from error
+            if error.status in _HOPELESS or 300 <= error.status < 400:
+                raise
+            tries = f" after {error.num_tries} tries" if error.num_tries > 1 else ""
+            raise RequestError(f"The endpoint answered {error.status}{tries}: {error.said}") from error
 
 
 def _first_choice(reply: Mapping[str, object]) -> dict[str, object]:
@@ -227,25 +165,3 @@ def _first_choice(reply: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise RequestError(f"The endpoint's reply holds no choice: {json.dumps(reply)[:200]}.")
     return choices[0]
-
-
-def _usage(reply: Mapping[str, object], name: str) -> int | None:
-    usage = reply.get("usage")
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else None
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    """What the server wrote about an error, in a line."""
-    try:
-        content = error.read(2000).decode("utf-8", "replace")
-    except (OSError, HTTPException):
-        content = ""
-    return " ".join((content or str(error.reason)).split())[:300].rstrip(".") + "."
-
-
-def _retry_after(headers: Message) -> float:
-    try:
-        return min(max(float(headers.get("Retry-After", "0")), 0.0), MAX_WAIT_SECONDS)
-    except ValueError:  # a date
-        return 0.0
