@@ -37,7 +37,7 @@ TOPICS = (
 BARE = """
 import json, sys, time
 from internlm2 import LLM, SamplingParams
-llm = LLM("demo", dtype="bfloat16", memory_gib=1)
+llm = LLM("demo", dtype="bfloat16", memory_gib=1, quantization=sys.argv[2] or None)
 for line in sys.stdin:
     prompts = json.loads(line)
     ids = [llm.tokenizer.apply_chat([{"role": "user", "content": p}]) for p in prompts]
@@ -162,12 +162,12 @@ async def through_http(url: str, prompts: list[str]) -> float:
     return len(prompts) * STREAM_TOKENS / (time.perf_counter() - started)
 
 
-def overhead() -> str:
+def overhead(ours: str, quantization: str) -> str:
     """Our server against the bare engine, taking turns."""
     ratios, speeds = [], []
-    with serving(OURS) as (url, _):
+    with serving(ours) as (url, _):
         bare = subprocess.Popen(
-            [sys.executable, "-c", BARE, str(STREAM_TOKENS)],
+            [sys.executable, "-c", BARE, str(STREAM_TOKENS), quantization],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -197,11 +197,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--quantization", default="", help="of our server: int8 or int4")
     parser.add_argument("--peer", help="command of another server of the same model; {port} is filled in")
     options = parser.parse_args()
+    ours = OURS + (f" --quantization {options.quantization}" if options.quantization else "")
     before = foreign_load()
     rows, left = [], ""
-    for name, command in (("internlm2 serve", OURS), ("peer", options.peer)):
+    for name, command in (("internlm2 serve", ours), ("peer", options.peer)):
         if command is None:
             continue
         with serving(command) as (url, pid):
@@ -214,13 +216,14 @@ def main() -> None:
                 left = left_over(url)
             for error, count in Counter(a.error[:160] for a in answers if a.error).most_common(5):
                 print(f"  {count} x {error}", flush=True)
-    cost = overhead()
+    cost = overhead(ours, options.quantization)
     print(cost)
     text = header("The server under load", "python benchmarks/serve_load.py", ("torch", "fastapi", "uvicorn"))
     text += (
         f"Demo model (135M). {options.clients} clients for {options.seconds:.0f} s, each asking again at once; a "
         "third of the requests hang up after 1 to 11 pieces. Clients and server share the two cores. Foreign load "
-        f"before: {before:.0%}. Held by our server afterwards: {left}.\n\n"
+        f"before: {before:.0%}. Held by our server afterwards: {left}. "
+        f"Weights: {options.quantization or 'bfloat16'}.\n\n"
         "| server | requests | by status | hung up | broken | first token p50, s | p99, s | tokens/s | memory, MiB |\n"
         "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         + (f"Peer: `{options.peer}`.\n\n" if options.peer else "") + f"## What HTTP costs\n\n{cost}"

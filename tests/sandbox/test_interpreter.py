@@ -159,11 +159,11 @@ def test_real_matplotlib_draws() -> None:
 
 
 def test_forged_replies_do_not_confuse_the_host(python: Interpreter) -> None:
-    forge = "import os, json\nb = json.dumps({'number': 99, 'value': 'forged'}).encode()\nfor d in range(3, 20):\n    try: os.write(d, len(b).to_bytes(4, 'big') + b)\n    except OSError: pass"
+    forge = "import os, json\nb = json.dumps({'number': 99, 'value': 'forged'}).encode()\nfor d in range(3, 200):\n    try: os.write(d, len(b).to_bytes(4, 'big') + b)\n    except OSError: pass"
     assert python.execute(forge).value is None
     assert python.execute("2").value == "2"
     done = python.execute(
-        "for d in range(3, 20):\n    try: os.write(d, bytes([255] * 99))\n    except OSError: pass"
+        "for d in range(3, 200):\n    try: os.write(d, bytes([255] * 99))\n    except OSError: pass"
     )
     assert (done.status, done.state_lost) == ("ended", True)
     assert "wrote nonsense" in done.traceback

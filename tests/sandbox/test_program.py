@@ -6,6 +6,7 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -188,14 +189,16 @@ def test_a_program_that_is_too_long_is_refused() -> None:
         run_program("#" * MAX_MESSAGE_BYTES)
 
 
-def test_no_folder_process_or_descriptor_is_left_behind() -> None:
+def test_no_folder_process_or_descriptor_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # others make such folders at the same time
     descriptors = len(os.listdir("/proc/self/fd"))
     for without in ((), ("namespaces",)):
         run_without(without, "import os\nos.makedirs('a/b')\nos.chmod('a', 0)\nos.chmod('.', 0)")
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    mine = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("internlm2-sandbox-")]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: run_program("x = 1"), range(8)))
-    assert [n for n in os.listdir(tempfile.gettempdir()) if n.startswith("internlm2-sandbox-")] == mine
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

@@ -5,7 +5,9 @@ twice. It holds no reference to its owner while it waits, so an engine that nobo
 thread with it; at the end of the program the step that is running is finished first.
 """
 
+import atexit
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -49,6 +51,7 @@ class EngineThread:
         self._calls: SimpleQueue[Call] = SimpleQueue()
         self._gone: SimpleQueue[None] = SimpleQueue()  # has an item once the thread has left its loop
         self.has_ended = False
+        self._process = os.getpid()
         arguments = (weakref.ref(owner), self._calls, self._gone)
         self._thread = threading.Thread(target=_run, args=arguments, name="internlm2-engine", daemon=True)
         try:
@@ -66,8 +69,8 @@ class EngineThread:
 
     def settle(self) -> None:
         """Wait until all calls that were posted are done; steps may go on."""
-        if self._thread is threading.current_thread():
-            return  # it cannot wait for itself
+        if self._is_elsewhere:
+            return
         done: SimpleQueue[None] = SimpleQueue()
         self.post(lambda: done.put(None))
         while self._gone.empty():
@@ -81,15 +84,20 @@ class EngineThread:
         """Let the thread finish its step, fail what is open, and end. May be called again, by several threads."""
         self.has_ended = True
         self.post(_end)
-        if self._thread is threading.current_thread():
+        if self._is_elsewhere:
             return
         # NOTE: not Thread.join: Ctrl-C in it makes Python 3.11 take a thread that runs for one that has ended.
         self._gone.get()
         self._gone.put(None)
         self._finalizer.detach()  # which would keep the calls that came too late, and what they hold
 
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether there is nothing to wait for: this is the thread itself, or a forked child, which has none."""
+        return self._thread is threading.current_thread() or os.getpid() != self._process
+
     def _end_for_certain(self) -> None:
-        while True:  # a thread that computes while the interpreter is taken down may crash it
+        while True:  # whatever the user presses
             try:
                 return self.end()
             except KeyboardInterrupt:
@@ -100,23 +108,44 @@ def _end() -> None:
     raise _EndedError
 
 
+_running: "dict[SimpleQueue[None], SimpleQueue[Call]]" = {}  # `gone` and `calls` of threads that are there
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that computes while the interpreter is taken down may crash it, also one whose owner is gone already."""
+    for gone, calls in tuple(_running.items()):
+        calls.put(_end)
+        gone.get()
+        gone.put(None)
+
+
+os.register_at_fork(after_in_child=_running.clear)
+
+
 def _run(
     owner_reference: "weakref.ref[Owner]", calls: "SimpleQueue[Call]", gone: "SimpleQueue[None]"
 ) -> None:
+    _running[gone] = calls
     try:
-        while True:
-            ready = [calls.get()]
-            owner = owner_reference()
-            if owner is None:
-                return
-            try:
-                _work(owner, ready, calls)
-            except _EndedError:
-                _fail(owner, RequestError(CLOSED))
-                return
-            del owner  # nothing is held while it waits
+        _loop(owner_reference, calls)
     finally:
-        gone.put(None)
+        del _running[gone]
+        gone.put(None)  # last: nothing of the owner is left on this thread
+
+
+def _loop(owner_reference: "weakref.ref[Owner]", calls: "SimpleQueue[Call]") -> None:
+    while True:
+        ready = [calls.get()]
+        owner = owner_reference()
+        if owner is None:
+            return
+        try:
+            _work(owner, ready, calls)
+        except _EndedError:
+            _fail(owner, RequestError(CLOSED))
+            return
+        del owner  # nothing is held while it waits
 
 
 def _work(owner: Owner, ready: list[Call], calls: "SimpleQueue[Call]") -> None:

@@ -182,27 +182,46 @@ def _keep(
     1; unused with top-k. Returns the weights (R, K), 0 where cut, and whether (R,) what lies beyond the K or within
     `margin` of an edge could change them.
     """
-    temperature = _column([one.temperature for one in params])
-    top_p = _column([one.top_p for one in params])
-    min_p = _column([one.min_p for one in params])
-    typical_p = _column([one.typical_p for one in params])
-    top_k = torch.tensor([min(p.top_k, 1 << 40) for p in params])[:, None]
-    scaled = (values.double() - values[:, :1]) / temperature  # (R, K), from 0 down
+    # NOTE: what no row asks for is left out: for one row, calling torch costs more than its arithmetic.
+    scaled = (values.double() - values[:, :1]) / _column(
+        [one.temperature for one in params]
+    )  # (R, K), from 0 down
     weights = scaled.exp()
-    smallest = values.gather(1, (top_k - 1).clamp(0, values.shape[1] - 1))
-    weights = torch.where((top_k > 0) & (values < smallest), 0.0, weights)
-    # NOTE: where top-k keeps more than the K, their sum is not the mass that top-p takes its share of.
-    is_short = (top_k > 0) & (top_p < 1) & (smallest <= values[:, -1:]) & (weights[:, -1:] > 0)  # (R, 1)
-    cumulative = weights.cumsum(-1)
-    edge = top_p * torch.where(top_k > 0, cumulative[:, -1:], masses[:, None])
-    before = F.pad(cumulative[:, :-1], (1, 0))
-    is_near = (top_p < 1) & (top_k == 0) & ((before - edge).abs() < margin * masses[:, None])
-    weights = torch.where((top_p < 1) & (before >= edge), 0.0, weights)
-    weights = torch.where(weights < min_p, 0.0, weights)
-    is_open = is_short[:, 0] | is_near.any(-1) | ((weights > 0) & (values <= values[:, -1:])).any(-1)
-    if bool((typical_p < 1).any()):
+    whole = masses[:, None]
+    is_near: torch.Tensor | None = None
+    if any(one.top_k for one in params):
+        weights, whole, is_near = _keep_top_k(values, weights, params, whole)
+    if any(one.top_p < 1 for one in params):
+        top_p = _column([one.top_p for one in params])
+        before = F.pad(weights.cumsum(-1)[:, :-1], (1, 0))
+        edge = torch.where(top_p < 1, top_p * whole, math.inf)
+        if margin > 0:
+            no_top_k = torch.tensor([one.top_k == 0 for one in params])[:, None]
+            is_close = ((before - edge).abs() < margin * masses[:, None]) & no_top_k
+            is_near = is_close.any(-1) if is_near is None else is_near | is_close.any(-1)
+        weights = torch.where(before >= edge, 0.0, weights)
+    if any(one.min_p > 0 for one in params):
+        weights = torch.where(weights < _column([one.min_p for one in params]), 0.0, weights)
+    is_open = ((weights > 0) & (values <= values[:, -1:])).any(-1)
+    if is_near is not None:
+        is_open |= is_near
+    if any(one.typical_p < 1 for one in params):
+        typical_p = _column([one.typical_p for one in params])
         weights = torch.where(_is_typical(scaled, weights, typical_p), weights, 0.0)
     return weights, is_open
+
+
+def _keep_top_k(
+    values: torch.Tensor, weights: torch.Tensor, params: Sequence[SamplingParams], whole: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights (R, K) after top-k, the mass (R, 1) that top-p takes its share of, and rows (R,) that cannot tell it."""
+    top_k = torch.tensor([min(one.top_k, 1 << 40) for one in params])[:, None]
+    smallest = values.gather(1, (top_k - 1).clamp(0, values.shape[1] - 1))
+    weights = torch.where((top_k > 0) & (values < smallest), 0.0, weights)
+    # NOTE: where top-k keeps more than the K, their sum is not that mass.
+    takes_share = torch.tensor([one.top_k > 0 and one.top_p < 1 for one in params])[:, None]
+    is_short = takes_share & (smallest <= values[:, -1:]) & (weights[:, -1:] > 0)
+    return weights, torch.where(top_k > 0, weights.cumsum(-1)[:, -1:], whole), is_short[:, 0]
 
 
 def _is_typical(scaled: torch.Tensor, weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -251,9 +270,8 @@ def _masses(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """The weight of each row (R,) float64 where its best token weighs 1; right to MARGIN."""
     masses: list[torch.Tensor] = []
     for part in _slices(logits):
-        chances = _chances(logits[part], draws[part])
-        sums = _in_blocks(chances, BLOCK, fill=0.0).sum(-1).double().sum(-1)
-        masses.append(sums / chances.amax(-1))
+        weights = _scaled(logits[part], draws[part]).exp_()
+        masses.append(_in_blocks(weights, BLOCK, fill=0.0).sum(-1).double().sum(-1))
     return torch.cat(masses).cpu()
 
 
@@ -264,10 +282,15 @@ def _slices(logits: torch.Tensor) -> list[slice]:
 
 
 def _chances(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Softmax at each row's temperature (R, V) float32. NOTE: subtract first; large logits would lose digits."""
+    """Softmax at each row's temperature (R, V) float32."""
+    return _scaled(logits, draws).softmax(-1)
+
+
+def _scaled(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Logits at each row's temperature, from 0 down. NOTE: subtract first; large logits would lose digits."""
     top = logits.new_tensor([one.top for one in draws])[:, None]
     temperature = logits.new_tensor([one.params.temperature for one in draws])[:, None]
-    return (logits - top).div_(temperature).softmax(-1)
+    return (logits - top).div_(temperature)
 
 
 def _in_blocks(values: torch.Tensor, size: int, *, fill: float) -> torch.Tensor:
