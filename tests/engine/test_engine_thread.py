@@ -228,7 +228,9 @@ def test_an_error_is_a_copy_for_each_and_keeps_no_model(chat_folder, monkeypatch
         gc.enable()
 
 
-def test_only_the_thread_that_made_it_says_how_many_threads_compute(llm, monkeypatch):
+@pytest.fixture
+def threads_seen(llm, monkeypatch):
+    """How many threads each forward pass computed with."""
     seen: list[int] = []
     forward = llm.frontend.engine.runner.forward
 
@@ -238,18 +240,27 @@ def test_only_the_thread_that_made_it_says_how_many_threads_compute(llm, monkeyp
 
     monkeypatch.setattr(llm.frontend.engine.runner, "forward", watched)
     before = torch.get_num_threads()
+    yield seen
+    torch.set_num_threads(before)
 
+
+def test_the_thread_takes_over_how_many_threads_compute(llm, threads_seen):
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        threads_seen.clear()
+        llm.generate([PROMPT], SamplingParams(max_tokens=2))
+        assert set(threads_seen) == {number}
+
+
+def test_only_the_thread_that_made_it_says_how_many_threads_compute(llm, threads_seen):
     def elsewhere():
         torch.set_num_threads(2)
         llm.generate([PROMPT], SHORT)
 
-    try:
-        torch.set_num_threads(1)
-        llm.generate([PROMPT], SHORT)
-        in_time(elsewhere)
-        assert set(seen) == {1}
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    llm.generate([PROMPT], SHORT)
+    in_time(elsewhere)
+    assert set(threads_seen) == {1}
 
 
 def test_an_open_stream_that_is_cancelled_in_its_preparation_lets_go(llm, monkeypatch):

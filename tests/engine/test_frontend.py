@@ -10,7 +10,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from internlm2 import LLM, SamplingParams
 from internlm2.engine import frontend as frontend_module
@@ -238,26 +237,6 @@ def test_requests_that_are_submitted_while_it_is_held_begin_together(llm, fronte
         assert llm.stats.num_steps == before
     frontend.wait(tickets)
     assert llm.stats.num_steps - before <= LONG.max_tokens + 1
-
-
-def test_the_thread_takes_over_how_many_threads_compute(llm, monkeypatch):
-    seen: list[int] = []
-    forward = llm.frontend.engine.runner.forward
-
-    def watched(batch):
-        seen.append(torch.get_num_threads())
-        return forward(batch)
-
-    monkeypatch.setattr(llm.frontend.engine.runner, "forward", watched)
-    before = torch.get_num_threads()
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            seen.clear()
-            llm.generate([PROMPT], SamplingParams(max_tokens=2))
-            assert set(seen) == {number}
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_program_may_end_in_the_middle_of_an_answer(chat_folder):

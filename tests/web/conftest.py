@@ -1,6 +1,7 @@
 """A server and a browser for the tests of the page."""
 
 import pytest
+from page_browser import browsing, chatting
 from page_stories import telling
 
 from internlm2 import LLM
@@ -15,3 +16,22 @@ def page_llm(official_folder):
 def told(page_llm):
     with telling(page_llm) as pair:
         yield pair
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsing() as found:
+        yield found
+
+
+@pytest.fixture
+def chat(browser, told):
+    server, book = told
+    book.stories.clear()
+    with chatting(browser, server.url) as found:
+        yield found
+
+
+@pytest.fixture
+def book(told):
+    return told[1]

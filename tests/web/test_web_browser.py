@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import pytest
-from page_browser import browsing, chatting
+from page_browser import chatting
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.slow
@@ -25,25 +25,6 @@ def png() -> str:
     head = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
     raw = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0\xff\0\0"))
     return "data:image/png;base64," + base64.b64encode(raw + chunk(b"IEND", b"")).decode()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as found:
-        yield found
-
-
-@pytest.fixture
-def chat(browser, told):
-    server, book = told
-    book.stories.clear()
-    with chatting(browser, server.url) as found:
-        yield found
-
-
-@pytest.fixture
-def book(told):
-    return told[1]
 
 
 def test_an_answer_streams_with_markdown_code_and_formulas(chat, book):

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from page_browser import browsing, chatting
+from page_browser import chatting
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.slow
@@ -18,12 +18,6 @@ VIOLATIONS = """() => {
   document.addEventListener('securitypolicyviolation', (event) => window.attacks.push(event.violatedDirective + ' ' + event.blockedURI));
   for (const name of ['alert', 'prompt', 'confirm']) window[name] = () => window.attacks.push(name);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -3,32 +3,13 @@
 import json
 
 import pytest
-from page_browser import browsing, chatting
+from page_browser import chatting
 from page_stories import telling
 from playwright.sync_api import expect
 
 from internlm2.serve.keys import digest
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as found:
-        yield found
-
-
-@pytest.fixture
-def chat(browser, told):
-    server, book = told
-    book.stories.clear()
-    with chatting(browser, server.url) as found:
-        yield found
-
-
-@pytest.fixture
-def book(told):
-    return told[1]
 
 
 def test_a_key_is_asked_for_and_kept_for_the_window_alone(browser, page_llm):

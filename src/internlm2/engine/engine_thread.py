@@ -15,6 +15,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from internlm2.engine.fork_guard import ForkGuard
 from internlm2.errors import RequestError
 
 CLOSED = "This model was closed. Load it again."
@@ -51,7 +52,7 @@ class EngineThread:
         self._calls: SimpleQueue[Call] = SimpleQueue()
         self._gone: SimpleQueue[None] = SimpleQueue()  # has an item once the thread has left its loop
         self.has_ended = False
-        self._process = os.getpid()
+        self._home = ForkGuard()
         arguments = (weakref.ref(owner), self._calls, self._gone)
         self._thread = threading.Thread(target=_run, args=arguments, name="internlm2-engine", daemon=True)
         try:
@@ -59,9 +60,8 @@ class EngineThread:
         except BaseException:  # Ctrl-C: nobody else would end it
             self.post(_end)
             raise
-        self._finalizer = weakref.finalize(
-            owner, self._end_for_certain
-        )  # at the end of the program, if not before
+        # At the end of the program, if not before.
+        self._finalizer = weakref.finalize(owner, self._end_for_certain)
 
     def post(self, call: Call) -> None:
         """Let the thread do `call` before its next step. From anywhere, `__del__` included."""
@@ -94,7 +94,7 @@ class EngineThread:
     @property
     def _is_elsewhere(self) -> bool:
         """Whether there is nothing to wait for: this is the thread itself, or a forked child, which has none."""
-        return self._thread is threading.current_thread() or os.getpid() != self._process
+        return self._thread is threading.current_thread() or not self._home.is_at_home
 
     def _end_for_certain(self) -> None:
         while True:  # whatever the user presses

@@ -271,9 +271,8 @@ class Frontend:
     def abort(self, ticket: Ticket) -> None:
         """Let a request go, before the next step; whoever else waits for it gets a RequestError. From anywhere."""
         if not ticket.is_done:
-            self._thread.post(
-                lambda: self._abort(ticket)
-            )  # no globals: they may be gone at the end of the program
+            # NOTE: no globals; at the end of the program they may be gone.
+            self._thread.post(lambda: self._abort(ticket))
 
     @contextmanager
     def _all_or_none(self, tickets: list[Ticket]) -> Iterator[None]:
