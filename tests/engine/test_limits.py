@@ -154,6 +154,7 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, params, me
     with pytest.raises(RequestError, match=message):
         llm.generate(["Hello", prompt], SamplingParams(max_tokens=5, **params))
     assert llm.generate(["Hello"], SamplingParams(max_tokens=5)) == before
+    llm.frontend.settle()
     assert not llm.frontend.engine.has_work
     assert llm.frontend.engine.scheduler.pool.num_held == 0
 

@@ -182,6 +182,7 @@ def test_a_request_that_fails_leaves_nothing_in_the_engine(ours):
     with pytest.raises(RequestError, match=r"A continuation has 129 tokens.*only 129 fit.*larger max_length"):
         ours.loglikelihood(instances("loglikelihood", *pairs))
     assert ours.loglikelihood(instances("loglikelihood", ("a", "b")))[0][0] < 0
+    ours.llm.frontend.settle()
     assert not ours.llm.frontend.engine.has_work
 
 

@@ -179,6 +179,7 @@ def test_what_cannot_be_measured_is_named(llm, tmp_path):
     rows = read_texts(write_rows(tmp_path / "long.jsonl", [{"text": "short"}, {"text": "long " * 99}]))
     with pytest.raises(EvalError, match=r"Text 2 of .*long\.jsonl: The prompt has 496 tokens"):
         list(text_losses(llm, rows))
+    llm.frontend.settle()
     assert not llm.frontend.engine.has_work
 
 
