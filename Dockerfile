@@ -21,7 +21,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libstd
     && useradd --create-home --uid 10001 internlm2
 COPY --from=build /opt/internlm2 /opt/internlm2
 ENV PATH=/opt/internlm2/bin:$PATH
-USER internlm2
+# A number, so that Kubernetes can see that it is not root (runAsNonRoot).
+USER 10001
 WORKDIR /home/internlm2
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \

@@ -75,10 +75,11 @@ def make_bfloat16(rows: int, columns: int, is_gated: bool) -> PackedWeight:
     return pack_bfloat16(weight, gate=weight if is_gated else None)
 
 
-def make_int8(rows: int, columns: int, is_gated: bool, *, group: int = GROUP, bits: int = 15) -> PackedWeight:
-    """Random weights. bits: of the activations."""
-    parts = torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.rand(rows, columns // group)
-    return pack_int8(*parts, group=group, gate=parts if is_gated else None, activation_bits=bits)
+def make_int8(rows: int, columns: int, is_gated: bool, *, is_turned: bool = True) -> PackedWeight:
+    """Random weights; those that are not turned, as of a file, meet activations of 15 bits."""
+    parts = torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.rand(rows, columns // GROUP)
+    gate, bits = parts if is_gated else None, 8 if is_turned else 15
+    return pack_int8(*parts, group=GROUP, gate=gate, activation_bits=bits, uses_hadamard=is_turned)
 
 
 def make_int4(
@@ -95,9 +96,9 @@ def product_rows(meter: Meter) -> Iterator[str]:
     """Lines of the table of products."""
     makers: dict[str, Callable[[], Stack]] = {
         "bf16": lambda: packed_stack("bf16", make_bfloat16),
-        "int8": lambda: packed_stack("int8 g32, 15-bit activations", make_int8),
-        "int8 fast": lambda: packed_stack(
-            "int8 g128, 8-bit activations", lambda *shape: make_int8(*shape, group=128, bits=8)
+        "int8": lambda: packed_stack("int8 g32, turned", make_int8),
+        "int8 of a file": lambda: packed_stack(
+            "int8 g32 of a file, 15-bit activations", functools.partial(make_int8, is_turned=False)
         ),
         "int4": lambda: packed_stack("int4 g32", make_int4),
         "int4 zeros": lambda: packed_stack(

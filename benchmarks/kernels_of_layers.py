@@ -175,8 +175,7 @@ def random_packed_model(
 def _copy(weight: PackedWeight) -> PackedWeight:
     data = allocate(len(weight.data))
     data.copy_(weight.data)
-    scales = None if weight.scales is None else weight.scales.clone()
-    return dataclasses.replace(weight, data=data, scales=scales)
+    return dataclasses.replace(weight, data=data)
 
 
 def _weight_bytes(model: nn.Module) -> int:

@@ -166,7 +166,10 @@ def test_the_least_recently_used_go_when_there_are_too_many(folder, cache):
     os.utime(eight.path, (time.time() - 100, time.time() - 100))
     os.utime(four.path, (time.time() - 200, time.time() - 200))
     load(folder, cache, "int4")  # used again
-    small = PackedCache(cache.root, max_bytes=four.num_bytes + eight.num_bytes + 1000)
+    elsewhere = PackedCache(cache.root / "elsewhere")
+    load(folder, elsewhere, "int4", "bfloat16")
+    third_bytes = elsewhere.entries()[0].num_bytes
+    small = PackedCache(cache.root, max_bytes=four.num_bytes + max(eight.num_bytes, third_bytes))
     load(folder, small, "int4", "bfloat16")
     left = {entry.path for entry in small.entries()}
     assert len(left) == 2
@@ -201,3 +204,11 @@ def test_small_models_are_not_kept(folder, cache, monkeypatch):
     monkeypatch.setattr(packed_cache, "MIN_WEIGHT_BYTES", 8_000_000)
     load(folder, cache)
     assert cache.entries() == []
+
+
+def test_a_large_copy_in_bfloat16_is_not_kept(folder, cache, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_BFLOAT16_BYTES", 1000)
+    load(folder, cache, "bfloat16")
+    assert cache.entries() == []
+    load(folder, cache, "int8")
+    assert len(cache.entries()) == 1

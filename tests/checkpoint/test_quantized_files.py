@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from folders import byte_tokenizer_json
 from internlm2 import LLM, SamplingParams
 from internlm2.checkpoint.formats.compressed_tensors import QuantizedCheckpoint, pack_words, unpack_words
+from internlm2.checkpoint.formats.official import ModelCheckpoint
+from internlm2.checkpoint.inference import choose_for, load_for_inference
 from internlm2.checkpoint.load import load_model
-from internlm2.checkpoint.load_packed import load_for_inference, load_packed, load_packed_checkpoint
+from internlm2.checkpoint.load_packed import load_packed, load_packed_checkpoint
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.errors import ExportError, RequestError
 from internlm2.kernels import unpack
@@ -141,6 +143,32 @@ def test_what_compressed_tensors_writes_is_read(tmp_path, int4):
 # Reloading
 
 
+@pytest.mark.parametrize("layout", ["llama", "internlm2"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq"])
+@torch.inference_mode()
+def test_what_takes_up_the_scales_of_columns_is_in_the_file(tmp_path, layout, method):
+    """Norms and the bias of values are stored as scaling left them, or the model would be another one."""
+    plain = tiny()
+    model = build_model(plain.config)
+    model.load_state_dict({name: plain.read(name) for name in plain.tensors})
+    for layer in model.model.layers:
+        layer.attention_norm.weight[::8] *= 30
+        layer.ffn_norm.weight[::8] *= 30
+    checkpoint = ModelCheckpoint(model)
+    folder = write(tmp_path / "m", checkpoint, kind="int8", method=method, layout=layout)
+    found = open_checkpoint(folder)
+    is_same = [
+        torch.equal(found.read(name).float(), checkpoint.read(name).bfloat16().float())
+        for name in found.tensors
+        if name.endswith(("norm.weight", "wqkv.bias")) and ".layers." in name
+    ]
+    assert len(is_same) == 6
+    assert any(is_same) != ("awq" in method)
+    expected = model.hidden_states(IDS)
+    error = (load_model(folder, dtype="float32").hidden_states(IDS) - expected).norm() / expected.norm()
+    assert error < 0.03
+
+
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("layout", ["llama", "internlm2"])
 @torch.inference_mode()
@@ -259,9 +287,18 @@ def test_another_quantization_can_be_asked_for(chat):
 
 def test_plain_loading_and_gpus(int4):
     checkpoint = open_checkpoint(int4)
-    half = load_for_inference(checkpoint, dtype="float16", device="cpu", quantization=None)
+
+    def load(wanted: str | None, dtype: str):
+        return load_for_inference(
+            checkpoint, choose_for(checkpoint, wanted=wanted, dtype=dtype, device="cpu"), device="cpu"
+        )
+
+    half = load("auto", "float16")
     assert half.model.layers[0].attention.wo.weight.dtype == torch.float16
-    auto = load_for_inference(checkpoint, dtype="auto", device="cpu", quantization=None)
+    auto = load("auto", "auto")
     assert isinstance(auto.model.layers[0].attention.wo, PackedLinear)
+    for wanted in (None, "none"):
+        plain = load(wanted, "auto")
+        assert isinstance(plain.model.layers[0].attention.wo, torch.nn.Linear)
     with pytest.raises(RequestError, match=r"not quantised. Say how: quantization='int8'"):
         load_packed_checkpoint(tiny())

@@ -69,6 +69,30 @@ def test_schemes_that_are_not_read_are_named(copy, place, change, message):
     refuse(copy, message)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        (
+            "qweight",
+            torch.int32,
+            r"up_proj.qweight has dtype I32; only float weights are read",
+        ),  # AutoGPTQ, AutoAWQ
+        ("weight", torch.uint32, r"up_proj.weight has dtype U32"),  # MLX
+        ("weight", torch.float8_e4m3fn, r"up_proj.weight has dtype F8_E4M3"),
+    ],
+)
+def test_quantised_tensors_of_which_config_json_says_nothing_are_refused(copy, name, dtype, message):
+    edit_config(copy, lambda data: data.pop("quantization_config"))
+
+    def change(tensors):
+        for key in [key for key in tensors if not tensors[key].is_floating_point() or "_scale" in key]:
+            tensors.pop(key)
+        tensors[WORD.removesuffix("weight") + name] = torch.zeros(192, 8).to(dtype)
+
+    edit_tensors(copy, change)
+    refuse(copy, message + ".*Give the folder as it was before quantisation")
+
+
 def replaced(part: str, value) -> object:
     return lambda tensors: tensors.update({WORD + part: value(tensors[WORD + part])})
 

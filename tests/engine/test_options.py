@@ -20,7 +20,7 @@ DEVICES = "'cpu', 'cuda' or 'cuda:N'"
 ADAPTERS = "a dict of names and folders, such as {'poet': 'poet-folder'}, or None"
 LENGTH = "'auto', None, or a whole number from 2 on (a prompt and an answer)"
 DRAFT = "'lookup', the path of a draft model, or None"
-FORMATS = "one of bfloat16, int8, int4, or None"
+FORMATS = "one of auto, none, bfloat16, int8, int4, fp8, or None (as none)"
 
 WRONG = [
     *(("dtype", value, DTYPES) for value in (5, None, "int3", torch.float32, ["float32"])),

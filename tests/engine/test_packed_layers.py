@@ -15,6 +15,7 @@ from internlm2.kernels.library import LEVELS, library
 from internlm2.model.config import ModelConfig, RopeScaling
 from internlm2.model.heads import CausalLM
 from internlm2.quant.linear import quantize_model
+from internlm2.quant.weight import WeightFormat
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -30,7 +31,7 @@ CONFIG = ModelConfig(
 CPU = torch.device("cpu")
 
 
-def packed_model(kind: str, dtype: torch.dtype, config: ModelConfig = CONFIG) -> CausalLM:
+def packed_model(kind: str | WeightFormat, dtype: torch.dtype, config: ModelConfig = CONFIG) -> CausalLM:
     torch.manual_seed(0)
     model = CausalLM(config).eval()
     for name, weight in model.named_parameters():
@@ -83,16 +84,25 @@ def test_one_call_is_the_same_layers_module_by_module(level, kind, kv_dtype, mon
     modules = Runner(model, cache_of(torch.float32, kv_dtype))
     assert modules._packed is None
     expected = states(modules)
-    # What is rounded (activations, keys) can fall to the other side of a half, so single values differ by a little.
-    tolerance = 0.003 if kind == "int8" and kv_dtype is None else 0.1
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert (found - expected).norm() / expected.norm() < tolerance / 10
+    # What is rounded (activations, keys) can fall to the other side of a half. How much that makes, the modules say
+    # themselves when their embeddings are moved by what float32 rounds anyway.
+    noise = []
+    embeddings = model.model.tok_embeddings.weight.detach()
+    original = embeddings.clone()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        embeddings.copy_(original * (1 + 1e-6 * torch.randn(original.shape, generator=generator)))
+        moved = states(Runner(model, cache_of(torch.float32, kv_dtype)))
+        noise.append((moved - expected).norm().item())
+    assert (found - expected).norm().item() < 1.5 * max(noise)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_bfloat16_models_differ_by_rounding_only(kv_dtype, monkeypatch):
-    exact = states(Runner(packed_model("int8", torch.float32), cache_of(torch.float32, None)))
-    model = packed_model("int8", torch.bfloat16)
+    fmt = WeightFormat("int8", 32, activation_bits=15)  # whose rounding is too fine to be seen
+    exact = states(Runner(packed_model(fmt, torch.float32), cache_of(torch.float32, None)))
+    model = packed_model(fmt, torch.bfloat16)
     found = states(Runner(model, cache_of(torch.bfloat16, kv_dtype)))
     assert found.dtype == torch.bfloat16
     monkeypatch.setattr(runner, "packed_layers", lambda model: None)

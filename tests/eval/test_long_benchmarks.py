@@ -213,6 +213,47 @@ def test_leval_reads_answers_as_opencompass_or_as_itself(data, key, answer, card
     assert score(data, key, answer, FIXED) == pytest.approx(fixed)
 
 
+def test_sci_fi_asks_in_the_story_and_in_the_world(tmp_path):
+    """As L-Eval's Baselines do: the second question stands behind the first, without an answer to it."""
+    question = (
+        "Men live on Mars, True or False? Answer this question based on the world described in the document."
+    )
+    row = {"input": "Doc.", "instructions": [question] * 2, "evaluation": "exam"}
+    row["outputs"] = ["True [fact: False]", "False [fact: True]"]
+    write_rows(tmp_path / "LEval/Closed-ended-tasks/sci_fi.jsonl", [row])
+    data = DataFolder(tmp_path)
+    items = list(build("leval", FIXED, is_chat=True).items(data, "sci_fi"))
+    assert [(item.index, item.gold) for item in items] == [
+        (0, "true"),
+        (1, "false"),
+        (2, "false"),
+        (3, "true"),
+    ]
+    story, world = (item.prompt.written().turns for item in items[:2])
+    assert story == world[:2]
+    assert story[0].content.startswith("Now you are given a scientific fiction.")
+    assert story[1].content == (
+        f"Document is as follows. Doc. Question: {question} \n"
+        "Please directly give answer without any additional output or explanation\n Answer: "
+    )
+    assert world[2].content == (
+        "Men live on Mars, True or False? Answer this question based on the real-world knowledge and facts up until "
+        "your last training\nPlease directly give answer without any additional output or explanation \nAnswer:"
+    )
+    task = build("leval", FIXED, is_chat=True)
+    for output, right in (
+        ("True", 1),
+        ("It's TRUE. Not false", 1),
+        ("false, not true", 0),
+        ("", 0),
+        ("yes", 0),
+    ):
+        assert task.score(items[0], output).score == right
+        assert task.score(items[1], output).score == (output.startswith("false"))
+    assert "sci_fi" not in build("leval", CARD, is_chat=True).subsets, "OpenCompass has no such task"
+    assert len(task.subsets) == 19
+
+
 def test_damaged_leval_files_are_told(tmp_path):
     row = {"input": "", "instructions": ["a"], "outputs": [], "evaluation": "exam"}
     write_rows(tmp_path / "LEval/Closed-ended-tasks/tpo.jsonl", [row])

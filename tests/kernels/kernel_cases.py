@@ -6,7 +6,17 @@ import torch
 
 from internlm2.kernels import PackedWeight, pack_bfloat16, pack_int4, pack_int8
 
+TURNED = "int8-turned"  # activations are turned by a Hadamard matrix: columns must be a multiple of 32
 NAMES = ("bfloat16", "int8", "int8-wide", "int4", "int4-zeros")  # wide: activations of 15 bits
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x: (N, C) times the normed matrix, 32 columns at a time, by its definition."""
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(5):
+        matrix = torch.kron(matrix, two)
+    return (x.double().view(len(x), -1, 32) @ matrix).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,10 @@ def random_case(
     if name == "bfloat16":
         packed = pack_bfloat16(parts[0], gate=None if gate_parts is None else gate_parts[0], bias=bias)
     elif name.startswith("int8"):
-        packed = pack_int8(parts[0], parts[1], group=group, gate=gate_parts, bias=bias, activation_bits=bits)
+        packed = pack_int8(
+            parts[0], parts[1], group=group, gate=gate_parts, bias=bias, activation_bits=bits,
+            uses_hadamard=name == TURNED,
+        )  # fmt: skip
     else:
         packed = pack_int4(parts[0], parts[1], parts[2], group=group, gate=gate_parts, bias=bias)
     return Case(packed, matrix, gate, bias)
@@ -65,7 +78,8 @@ def _draw(
         q = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
         scales = (scales.float() / 73 / columns**0.5).bfloat16()
         by_column = scales.double().repeat_interleave(group, 1)[:, :columns]
-        return (q, scales), q.double() * by_column
+        matrix = q.double() * by_column
+        return (q, scales), hadamard(matrix) if name == TURNED else matrix
     q = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
     scales = (scales.float() / 4.6 / columns**0.5).bfloat16()
     by_column = scales.double().repeat_interleave(group, 1)[:, :columns]

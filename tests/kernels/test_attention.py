@@ -62,8 +62,9 @@ def test_every_number_of_rows_and_every_cut_gives_the_same_bits(level: str, dtyp
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
-def test_a_long_sequence_that_is_cut_for_the_threads_gives_the_same_bits(level: str, dtypes) -> None:
-    case = random_case(dtypes, (1, 2, 64), [(1, 6000), (3, 4998)])
+@pytest.mark.parametrize("shape", [(1, 2, 64), (2, 4, 128)], ids=str)  # joined by one thread, and by all
+def test_a_long_sequence_that_is_cut_for_the_threads_gives_the_same_bits(level: str, dtypes, shape) -> None:
+    case = random_case(dtypes, shape, [(1, 6000), (3, 4998)])
     alone = attend(case.pages, case.table, 1, case.q, scale=case.scale, num_threads=1)
     torch.testing.assert_close(alone[:1].double(), dense(case, 0), **TOLERANCE[dtypes[0]])
     torch.testing.assert_close(alone[1:].double(), dense(case, 1), **TOLERANCE[dtypes[0]])
@@ -120,6 +121,55 @@ def test_memory_that_is_not_the_sequences_own_is_never_used(level: str, dtypes) 
             block[0] = 77 if block.dtype == torch.int8 else torch.nan
             block[1, others] = 77 if block.dtype == torch.int8 else torch.nan
     assert torch.equal(attend(case.pages, case.table, 1, case.q, scale=case.scale), clean)
+
+
+def test_int8_keys_and_values_cost_only_the_rounding_of_the_result(built: Library) -> None:
+    if built.level_name != "avx512":
+        pytest.skip("products of whole numbers are for AVX-512")
+    for shape in [(2, 2, 64), (1, 2, 128), (1, 2, 1024)]:
+        case = random_case((BF16, torch.int8), shape, [(1, 700), (40, 300)])
+        truth = torch.cat([dense(case, index) for index in range(2)])
+        out = attend(case.pages, case.table, 1, case.q, scale=case.scale)
+        rounded = (truth.bfloat16() - truth).norm()
+        assert (out - truth).norm() < 1.02 * rounded
+
+
+@pytest.mark.parametrize("row", [0, 20])  # one that has its keys read in place, one of a packed tile
+def test_the_largest_whole_numbers_do_not_overflow(level: str, row: int) -> None:
+    case = random_case((BF16, torch.int8), (1, 1, 1024), [(1, 100), (20, 60)])
+    case.q[row] = 1.9921875  # all ones in the mantissa
+    case.pages.keys[1] = -128
+    case.pages.values[1] = 127
+    case.pages.key_scales[1] = 1e-4
+    case.pages.value_scales[1] = 1 / 127
+    out = attend(case.pages, case.table, 1, case.q, scale=case.scale)
+    torch.testing.assert_close(out[row].float(), torch.ones(1, 1024), rtol=0.01, atol=0)
+    case.pages.keys[1, case.sequences[0 if row == 0 else 1][3][5]] = 127  # the only one that counts
+    case.pages.key_scales[1] = 1.0
+    case.pages.values[1] = 0
+    case.pages.values[1, case.sequences[0 if row == 0 else 1][3][5]] = 64
+    out = attend(case.pages, case.table, 1, case.q, scale=case.scale)
+    torch.testing.assert_close(out[row].float(), torch.full((1, 1024), 64 / 127), rtol=0.01, atol=0)
+
+
+def test_a_value_scale_below_zero_is_seen(built: Library) -> None:
+    case = random_case((BF16, torch.int8), (2, 2, 64), [(9, 70), (1, 30)])
+    expected = attend_twin(case.pages, case.table, 1, case.q, scale=case.scale)
+    case.pages.value_scales[1, case.sequences[0][3][5]] = -0.01
+    out = attend(case.pages, case.table, 1, case.q, scale=case.scale)
+    if built.level_name == "avx512":
+        assert out[:9].isnan().all()
+    torch.testing.assert_close(out[9:], expected[9:], **TOLERANCE[BF16])
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_every_number_of_queries_of_a_head_reads_the_same_keys(level: str, dtypes, group: int) -> None:
+    case = random_case(dtypes, (2, group, 64), [(1, 200), (2, 200)])
+    out = attend(case.pages, case.table, 1, case.q, scale=case.scale)
+    for index, (start, num, _, _) in enumerate(case.sequences):
+        truth = dense(case, index)
+        torch.testing.assert_close(out[start : start + num].double(), truth, **TOLERANCE[dtypes[0]])
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4])

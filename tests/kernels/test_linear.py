@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from internlm2.kernels import linear
 from internlm2.kernels.library import Library, library
 from internlm2.kernels.twin import linear_twin, quantise_rows
-from kernels.kernel_cases import NAMES, random_case
+from kernels.kernel_cases import NAMES, TURNED, hadamard, random_case
 
 ODD = [(1, 1), (33, 100), (70, 576), (129, 40)]  # rows, columns: none a multiple of its block
 F32 = torch.float32
@@ -54,6 +54,33 @@ def test_twin_is_the_product_with_what_was_packed(name: str, is_gated: bool) -> 
     torch.testing.assert_close(
         linear_twin(x, case.packed, F32).double(), case.product(x), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(
+    ("rows", "columns", "is_gated"), [(33, 96, True), (70, 576, False), (129, 32, False)]
+)
+def test_turned_activations(level: str, rows: int, columns: int, is_gated: bool, group: int) -> None:
+    case = random_case(TURNED, rows, columns, group=group, is_gated=is_gated, has_bias=True)
+    x = torch.randint(-127, 128, (33, columns)).float()
+    x[:, ::32] = 127
+    x = hadamard(x / 64).float()  # so that turning gives what rounding leaves alone
+    torch.testing.assert_close(linear(x, case.packed).double(), case.product(x), rtol=1e-4, atol=2e-4)
+    x = torch.randn(33, columns)
+    for num_rows in (1, 2, 5, 33):
+        close(linear(x[:num_rows], case.packed), linear_twin(x[:num_rows], case.packed, F32))
+
+
+def test_turning_spreads_an_outlier(level: str) -> None:
+    """With one large value in each group, plain 8 bits lose far more."""
+    x = torch.randn(16, 256)
+    x[:, 5::32] = 60.0
+    losses = {}
+    for name in ("int8", TURNED):
+        case = random_case(name, 64, 256)
+        expected = case.product(x)
+        losses[name] = ((linear(x, case.packed).double() - expected).norm() / expected.norm()).item()
+    assert losses[TURNED] < 0.4 * losses["int8"]
 
 
 @pytest.mark.parametrize("name", NAMES)

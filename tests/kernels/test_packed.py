@@ -19,12 +19,16 @@ def test_unpack_gives_back_what_was_packed(name: str, rows: int, columns: int) -
     torch.testing.assert_close(part, case.matrix.float()[32:50], rtol=1e-6, atol=1e-7)
 
 
-def test_words_of_32_rows_alternate() -> None:
+def test_words_of_32_rows_alternate_and_scales_follow_their_group() -> None:
     q = torch.arange(64 * 64).remainder(255).sub(127).to(torch.int8).view(64, 64)
-    packed = pack_int8(q, torch.ones(64, 2), group=32)
-    data = packed.data.view(2, 16, 32, 4)  # block, word, row, byte
+    scales = torch.arange(128).view(64, 2).to(torch.bfloat16)
+    groups = pack_int8(q, scales, group=32).data.view(2, 2, 8 * 32 * 4 + 64)  # block, group
+    words = groups[..., :1024].view(2, 2, 8, 32, 4)  # word, row, byte
     for row, column in ((0, 0), (31, 5), (32, 63), (63, 62)):
-        assert data[row // 32, column // 4, row % 32, column % 4] == int(q[row, column]) + 128
+        word = words[row // 32, column // 32, column % 32 // 4, row % 32]
+        assert word[column % 4] == int(q[row, column]) + 128
+    found = groups[..., 1024:].view(torch.bfloat16)  # block, group, row
+    assert found.transpose(1, 2).reshape(64, 2).equal(scales)
 
 
 @pytest.mark.parametrize(

@@ -63,3 +63,11 @@ def test_the_probe_reads_everything_once(level: str, built: Library) -> None:
     assert total == int(data.numpy().view("uint64").sum())
     data[-1] = 7
     assert built.read(data.data_ptr(), len(data), 2) != total
+
+
+def test_the_number_of_threads_may_change_at_every_call(built: Library) -> None:
+    packed = random_case("int8", 3000, 128).packed
+    x = torch.randn(2, 128)
+    expected = linear(x, packed, num_threads=1)
+    for turn in range(600):
+        assert torch.equal(linear(x, packed, num_threads=(7, 2, 1, 5, 3)[turn % 5]), expected)

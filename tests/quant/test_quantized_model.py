@@ -70,7 +70,7 @@ def test_the_head_can_be_chosen() -> None:
     model = tiny()
     quantize_model(model, WeightFormat("int4", 64, has_zeros=True), head="bfloat16")
     assert model.output.packed.kind == "bfloat16"
-    assert model.model.layers[0].attention.wo.packed.zeros is not None
+    assert model.model.layers[0].attention.wo.packed.has_zeros
 
 
 @torch.inference_mode()

@@ -38,16 +38,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model, **options) -> Iterator[Running]:
+def running(model, *, adapter: str | None = None, **options) -> Iterator[Running]:
     """Serve `model` until the block ends; then nothing of any request may be left."""
     settings = ServeSettings(**{"port": 0, "model_name": "tiny"} | options)
-    service = Service.of(model, settings)
+    service = Service.of(model, settings, adapter=adapter)
     with bind(settings) as listener:
         server = Server(service)
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        wait_for(lambda: server.started)
+        wait_for(lambda: server.started, 120)
         found = Running(f"http://127.0.0.1:{port}", port, service, server, thread)
         try:
             yield found

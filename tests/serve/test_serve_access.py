@@ -36,8 +36,8 @@ def test_a_key_opens_and_its_file_does_not_hold_it(locked, tmp_path):
     assert first not in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600
     keys = read_keys(path)
-    assert (owner(keys, first), owner(keys, second), owner(keys, first[:-1])) == ("ann", "bob", None)
-    assert owner(keys, "\ud800") is None
+    assert tuple(owner(keys, each.encode()) for each in (first, second, first[:-1])) == ("ann", "bob", None)
+    assert owner(keys, b"\xff\xed\xa0\x80") is None
     assert keys["ann"] == digest(first)
 
 

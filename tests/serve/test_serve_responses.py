@@ -125,6 +125,12 @@ def test_what_would_need_a_memory_is_refused(create):
         ({"background": True}, "background is not supported"),
         ({"truncation": "auto"}, "truncation is not supported"),
         ({"tools": [{"type": "web_search"}]}, "takes functions alone"),
+        (
+            {"tools": [{"type": "function", "name": "a b\n<|im_end|>"}]},
+            r"'tools.0.name': String should match",
+        ),
+        ({"tools": [{"type": "function", "name": "a", "parameters": "x"}]}, r"'tools.0.parameters'"),
+        ({"tools": [{"type": "function", "name": "a", "parameter": {}}]}, r"supplied: tools.0.parameter"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "has the type 'item_reference'"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},

@@ -181,6 +181,38 @@ def test_none_and_no_tools_keep_the_model_from_calling(tools, tool_llm):
     assert choice.message.content.startswith("<|action_start|>")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_with_half_a_character_or_no_number_harms_nothing(tools, tool_llm, stream):
+    """Such JSON is the model's own; it comes to the client as JSON that UTF-8 can hold, and goes back."""
+    half = '<|action_start|><|plugin|>\n{"name": "paint", "parameters": {"color": "\\ud83d"}}<|action_end|>'
+    nan = '<|action_start|><|plugin|>\n{"name": "paint", "parameters": {"coats": NaN}}<|action_end|>'
+    tokenizer, chat = tool_llm.tokenizer, tools.client().chat.completions
+    with scripted(tools, tool_llm, [tokenizer.encode(half + nan, allow_special=True)]):
+        got = chat.create(model="tiny", messages=MESSAGES, tools=[PAINT], stream=stream)
+        if stream:
+            text, ((_, _, arguments),), _ = collected(got)
+        else:
+            message = got.choices[0].message
+            text, arguments = message.content, message.tool_calls[0].function.arguments
+    assert text == nan
+    assert arguments == '{"color": "\\ud83d"}'
+    call = {"id": "c", "type": "function", "function": {"name": "paint", "arguments": arguments}}
+    again = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
+    with scripted(tools, tool_llm, [tokenizer.encode("Good.")]) as llm:
+        got = chat.create(model="tiny", messages=again, tools=[PAINT])
+    assert got.choices[0].message.content == "Good."
+    assert half in tokenizer.decode(llm.requests[0][0])
+
+
+def test_arguments_nested_without_end_are_refused(tools):
+    function = {"name": "paint", "arguments": '{"a":' + "[" * 100_000}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    with pytest.raises(openai.BadRequestError, match="are not JSON"):
+        tools.client().chat.completions.create(
+            model="tiny", messages=[*MESSAGES, {"role": "assistant", "tool_calls": calls}]
+        )
+
+
 def test_a_strict_tool_binds_the_calls_that_the_model_begins(tools, tool_llm):
     """The real engine writes the call after a beginning that the test gives."""
     tokenizer = tool_llm.tokenizer

@@ -1,7 +1,7 @@
 """One formatter and one parser: what is written is read back, however it is split; nothing gets lost."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from internlm2.tokenizer import (
@@ -60,6 +60,7 @@ def test_ids_are_read_back_however_they_are_split(tok, text, calls, sizes):
 @given(text=TEXT, calls=CALLS, sizes=st.lists(st.integers(1, 9), max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_text_is_read_back_even_when_markers_are_split(tok, text, calls, sizes):
+    assume("<|" not in text + repr(calls))  # spelled markers are markers where only text is at hand
     _, rendered = answer(tok, text, calls)
     parser, shown = AssistantTextParser(), ""
     for size in sizes:

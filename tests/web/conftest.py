@@ -28,6 +28,7 @@ def browser():
 def chat(browser, told):
     server, book = told
     book.stories.clear()
+    book.may_go_on.clear()
     with chatting(browser, server.url) as found:
         yield found
 

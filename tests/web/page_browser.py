@@ -1,6 +1,7 @@
 """Debian's chromium, driven by playwright: one browser for the tests of a module, a fresh profile for each test."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 
@@ -74,7 +75,7 @@ class Chat:
 
     def close(self) -> None:
         self.context.close()
-        assert self.faults == []
+        assert self.faults == [], self.faults
 
 
 @contextlib.contextmanager
@@ -87,3 +88,30 @@ def chatting(browser: Browser, url: str, **options) -> Iterator[Chat]:
         chat.context.close()
         raise
     chat.close()
+
+
+def forget(chat, *words):
+    """Faults that the test itself made."""
+    chat.faults[:] = [fault for fault in chat.faults if not any(word in fault for word in words)]
+
+
+def conversations(count, *, words="answer"):
+    """A file of conversations, newest first."""
+    found = []
+    for n in range(count):
+        nodes = {
+            "u": {"children": ["a"], "chosen": "a", "message": {"role": "user", "content": f"question {n}"}},
+            "a": {"children": [], "chosen": None, "message": {"role": "assistant", "content": words}},
+        }
+        top = {"children": ["u"], "chosen": "u"}
+        times = {"created": 1e12 - n, "changed": 1e12 - n}
+        found.append(
+            {"id": f"c{n}", "title": f"title {n}", **times, "settings": {}, "top": top, "nodes": nodes}
+        )
+    return {"format": "internlm2-conversations", "version": 1, "conversations": found}
+
+
+def give_file(chat, tmp_path, content):
+    file = tmp_path / "given.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    chat.page.set_input_files("#file", file)

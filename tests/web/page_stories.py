@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,15 @@ TURN = re.compile(r"<\|im_start\|>(\w+)[^\n]*\n(.*?)<\|im_end\|>", re.S)
 
 @dataclass
 class Story:
-    """The answer to messages that hold `asked`. pause_seconds: before each piece."""
+    """The answer to messages that hold `asked`. pause_seconds: before each piece. waits_after: once this has been said,
+    nothing comes until the book is told to go on.
+    """
 
     asked: str
     answer: str
     pause_seconds: float = 0.0
     reason: str = "stop"
+    waits_after: str | None = None
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Book:
     prompts: list[str] = field(default_factory=list)
     params: list[object] = field(default_factory=list)
     num_stopped: int = 0
+    may_go_on: threading.Event = field(default_factory=threading.Event)
 
     def tell(self, asked: str, answer: str, **options) -> None:
         self.stories.insert(0, Story(asked, answer, **options))
@@ -70,6 +75,7 @@ class _Reading:
             for at in range(0, 1 if MARKER.fullmatch(part) else len(part), CHARACTERS)
         ]
         self._parts = iter([*parts, None])
+        self._said = ""
         self._is_over = False
 
     def __aiter__(self):
@@ -79,11 +85,18 @@ class _Reading:
         if self._is_over:
             raise StopAsyncIteration
         await asyncio.sleep(self._story.pause_seconds)
+        while (
+            self._story.waits_after
+            and self._story.waits_after in self._said
+            and not self._book.may_go_on.is_set()
+        ):
+            await asyncio.sleep(0.02)
         part = next(self._parts)
         if part is None:
             self._is_over = True
             return Piece("", (), self._story.reason)
         ids = self._book.llm.tokenizer.encode(part, allow_special=True)
+        self._said += part
         return Piece(part, tuple(ids), None)
 
     async def aclose(self) -> None:

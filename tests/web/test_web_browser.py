@@ -29,12 +29,13 @@ def png() -> str:
 
 def test_an_answer_streams_with_markdown_code_and_formulas(chat, book):
     text = "# One\n\nTwo **three**.\n\n$$x^2$$\n\n```python\nprint(1)\n```\n\n| a |\n|---|\n| b |\n"
-    book.tell("hello", text, pause_seconds=0.1)
+    book.tell("hello", text, pause_seconds=0.02, waits_after="Two")
     chat.send("hello", waits=False)
     page = chat.page
     expect(page.locator(".running .prose h3")).to_have_text("One")  # before the end
     expect(page.locator("#stop")).to_be_visible()
     assert page.locator(".running table").count() == 0
+    book.may_go_on.set()
     chat.wait()
     expect(page.locator(".prose strong")).to_have_text("three")
     expect(page.locator(".prose .katex math")).to_have_count(1)
@@ -194,9 +195,9 @@ def test_export_and_import_bring_a_conversation_back(chat, book, tmp_path):
 def test_a_tool_call_is_shown_and_its_result_sent(chat, book):
     chat.page.keyboard.press("Alt+s")
     chat.page.fill("[name=tools]", "[{]")
-    expect(chat.page.locator(".settings + .problem")).to_be_visible()
+    expect(chat.page.locator(".field:has([name=tools]) .problem")).to_contain_text("Tools (JSON)")
     chat.page.fill("[name=tools]", json.dumps(WEATHER))
-    expect(chat.page.locator(".settings + .problem")).to_be_hidden()
+    expect(chat.page.locator(".settings .problem")).to_be_hidden()
     chat.page.keyboard.press("Escape")
     book.tell("Rain?", "I will ask." + CALL)
     book.tell("21 degrees", "It is **warm**.")

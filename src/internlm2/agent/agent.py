@@ -1,5 +1,6 @@
 """The loop: the model speaks, tools are run, the model reads what they brought, until it answers or a limit is met."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from internlm2.agent.background import in_thread
 from internlm2.agent.calling import CallResult, Executor, ToolRunner
 from internlm2.agent.dialects.choose import DialectName, choose
 from internlm2.agent.dialects.dialect import Move
@@ -15,6 +17,8 @@ from internlm2.agent.model import Ask, ContextFullError, Message, Model, ToolCal
 from internlm2.agent.record.events import Event, Listener, reply_event, result_event, start_event
 from internlm2.agent.run import Outcome, Run
 from internlm2.agent.tool_type import Tool, check_names
+
+_PATIENCE_SECONDS = 10.0  # for a model or a tool to notice that nobody waits any more
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Agent:
         """Answer one question. Ctrl-C ends it and raises KeyboardInterrupt."""
         with self.session(listeners=listeners) as session:
             return session.ask(question)
+
+    async def run_async(self, question: str, *, listeners: Sequence[Listener] = ()) -> Outcome:
+        """As `run`, for programs with an event loop, which goes on meanwhile. Cancelling the task ends the run."""
+        with self.session(listeners=listeners) as session:
+            return await session.ask_async(question)
 
     def session(self, *, listeners: Sequence[Listener] = (), executor: Executor | None = None) -> "Session":
         """A conversation of several questions. listeners: get every event. executor: in place of the tools."""
@@ -81,6 +90,9 @@ class Session:
         conversation is as it was before the question.
         """
         self._is_cancelled = False
+        return self._ask(question)
+
+    def _ask(self, question: str) -> Outcome:
         run = Run(self._agent.limits, [*self.messages, {"role": "user", "content": question}])
         self._tell({"event": "question", "text": question})
         try:
@@ -97,6 +109,22 @@ class Session:
             self.messages = run.messages
         self._tell({"event": "end", "ending": outcome.ending, "answer": outcome.answer, **run.counts()})
         return outcome
+
+    async def ask_async(self, question: str) -> Outcome:
+        """As `ask`, in a thread of its own; listeners are called there. When the task is cancelled, the question ends,
+        and the conversation is as it was before it.
+        """
+        self._is_cancelled = False  # here, since the thread may begin after `cancel`
+        work = in_thread(lambda: self._ask(question))
+        work.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # the waiting may be over by then
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.cancel()
+            await asyncio.wait([work], timeout=_PATIENCE_SECONDS)
+            raise
 
     def cancel(self) -> None:
         """End the question that is being answered, from another thread; its outcome is "cancelled"."""

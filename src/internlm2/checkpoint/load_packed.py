@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from internlm2.checkpoint import memory
+from internlm2.checkpoint.arena import Arena
 from internlm2.checkpoint.formats.compressed_tensors import QuantizedCheckpoint
-from internlm2.checkpoint.load import file_dtype, load_checkpoint, parse_device
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.packed_cache import CachedWeights, CacheWriter, PackedCache, cache_key
 from internlm2.checkpoint.resolve import cache_root, resolve_model
@@ -20,7 +20,6 @@ from internlm2.checkpoint.source import (
     Checkpoint,
     cast,
     check_complete,
-    dtype_name,
     expected_shapes,
     parse_dtype,
 )
@@ -39,41 +38,14 @@ from internlm2.quant.weight import (
 )
 
 _BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 4.75}
+# bfloat16 is packed in one pass over the files, and its copy would be as large as they are: only a small one is kept.
+_MOST_BFLOAT16_BYTES = 2 << 30
+_ROOM = 1.1  # for columns that are padded; what is not needed is never touched
 
 
 def default_cache() -> PackedCache:
     """The cache of packed weights in the user's cache folder."""
     return PackedCache(cache_root() / "packed")
-
-
-def load_for_inference(
-    checkpoint: Checkpoint,
-    *,
-    dtype: str,
-    device: str,
-    quantization: str | None,
-    rope_mode: RopeMode = "stateless",
-    needs_plain: bool = False,
-) -> Model:
-    """The model as the engine runs it: packed when asked for, or when the files are quantised and the CPU computes.
-
-    needs_plain: something needs the linears in floats, so quantised files are read as such unless `quantization` says
-    otherwise. Raises as `load_checkpoint` and `load_packed_checkpoint`.
-    """
-    is_on_cpu = parse_device(device).type == "cpu"
-    if dtype == "auto":
-        dtype = dtype_name(file_dtype(checkpoint))
-    if quantization is not None and not is_on_cpu:
-        raise RequestError(
-            f"quantization={quantization!r} packs weights for the CPU, but device is {device!r}. Leave one of them off."
-        )
-    is_quantized = isinstance(checkpoint, QuantizedCheckpoint)
-    can_pack = is_on_cpu and parse_dtype(dtype) in (torch.bfloat16, torch.float32) and not needs_plain
-    if quantization is None and not (is_quantized and can_pack):
-        return load_checkpoint(checkpoint, dtype=dtype, device=device, rope_mode=rope_mode)
-    return load_packed_checkpoint(
-        checkpoint, dtype=dtype, quantization=quantization, rope_mode=rope_mode, cache=default_cache()
-    )
 
 
 def load_packed(
@@ -153,10 +125,14 @@ class Packer:
         self._head_format = FORMATS["int8"] if is_int8_head or self._format is None else self._format
         self._cached: CachedWeights | None = None
         self._writer: CacheWriter | None = None
+        self._arena: Arena | None = None
 
     def expected_bytes(self) -> int:
         """About what the model will take."""
-        shapes = expected_shapes(self._checkpoint.config)
+        config = self._checkpoint.config
+        shapes = expected_shapes(config)
+        if config.tie_word_embeddings and config.head == "language":  # packed once more for the output
+            shapes["output.weight"] = shapes["model.tok_embeddings.weight"]
         bits = _BITS[self._format.kind] if self._format is not None else 8.5
         total = 0.0
         for name, shape in shapes.items():
@@ -165,8 +141,18 @@ class Packer:
         return int(total)
 
     def use(self, cache: PackedCache | None) -> None:
-        """Take weights from the cache, or put them there. Whole numbers in files are packed quickly: no cache."""
+        """Take weights from the cache, or put them there. Whole numbers in files are packed quickly: no cache.
+
+        From here on all weights lie in one piece of memory.
+        """
+        self._find(cache)
+        if self._cached is None:
+            self._arena = Arena(int(self.expected_bytes() * _ROOM))
+
+    def _find(self, cache: PackedCache | None) -> None:
         if cache is None or self._format is None:
+            return
+        if self._format.kind == "bfloat16" and self.expected_bytes() > _MOST_BFLOAT16_BYTES:
             return
         try:
             what = f"{self._format}|{self._head_format}|{self._dtype}|{self._checkpoint.config}"
@@ -229,13 +215,11 @@ class Packer:
 
     def _kept(self, name: str, make: Callable[[str], PackedWeight | None]) -> PackedWeight | None:
         if self._cached is not None:
-            if name not in self._cached.names:
-                raise ValueError(f"{name} is not there")
             return self._cached.read(name)
         made = make(name)
         if self._writer is not None and made is not None:
             self._writer.add(name, made)
-        return made
+        return made if made is None or self._arena is None else self._arena.keep(made)
 
     def _linear(self, name: str) -> nn.Module:
         packed = self._kept(name, self._pack)
@@ -296,11 +280,22 @@ class Packer:
 
     def _fill(self, module: nn.Module, name: str) -> None:
         for leaf, _ in list(module.named_parameters(recurse=False)):
-            setattr(module, leaf, nn.Parameter(self._read(f"{name}.{leaf}"), requires_grad=False))
+            setattr(module, leaf, nn.Parameter(self._as_is(f"{name}.{leaf}"), requires_grad=False))
+
+    def _as_is(self, name: str) -> torch.Tensor:
+        """A tensor that is not packed. One that the files hold in another dtype is kept in the cache too."""
+        if self._checkpoint.tensors[name].dtype == self._dtype:
+            return self._read(name)
+        if self._cached is not None:
+            return self._cached.read_tensor(name)
+        made = self._read(name)
+        if self._writer is not None:
+            self._writer.add(name, made)
+        return made
 
     def _read(self, name: str) -> torch.Tensor:
         return cast(self._checkpoint.read(name), self._dtype, name=name)
 
 
 def _bits_of(rounded: Rounded) -> int:
-    return FORMATS[rounded.kind].activation_bits
+    return 15 if rounded.kind == "int8" else 8  # int8 of a file is not turned, so 8 bits would lose too much

@@ -8,7 +8,6 @@ from internlm2.checkpoint.formats.internevo import InternEvoCheckpoint
 from internlm2.checkpoint.formats.llama import LlamaCheckpoint
 from internlm2.checkpoint.formats.official import OfficialCheckpoint
 from internlm2.checkpoint.formats.quantization_config import is_quantized
-from internlm2.checkpoint.gguf.read import GGUFCheckpoint
 from internlm2.checkpoint.source import Checkpoint
 from internlm2.errors import CheckpointError
 
@@ -23,7 +22,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path} is a file, but not a GGUF. Give the folder that holds config.json and the weights."
             )
-        return GGUFCheckpoint(path)
+        return _open_gguf(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist. Check the path, or give a Hugging Face id.")
     if (path / CONFIG_FILE).exists():
@@ -41,8 +40,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} has {len(files)} GGUF files: {', '.join(f.name for f in files[:6])}. Give the path of one."
         )
     if files:
-        return GGUFCheckpoint(files[0])
+        return _open_gguf(files[0])
     raise CheckpointError(
         f"{path} has no {CONFIG_FILE}, so it is not a model folder. Give the folder that holds config.json and "
         "the weights, a GGUF file, or InternEvo shards with model_config.pt."
     )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    # NOTE: gguf imports sentencepiece and yaml, an eighth of the time that a start takes; only GGUF files need it.
+    from internlm2.checkpoint.gguf.read import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)

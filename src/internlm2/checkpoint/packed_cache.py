@@ -13,10 +13,11 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,9 +26,10 @@ from internlm2.quant import weight as weight_code
 
 MAX_CACHE_BYTES = 32_000_000_000  # of all files; the least recently used go first
 MIN_WEIGHT_BYTES = 8_000_000  # less is packed quicker than it is looked up
+MAX_READERS = 4  # threads; two take a file from the memory of the system about as fast as it comes
 _FREE_SHARE = 0.5  # of the free disk space, at most, for a new file
 _ALIGNMENT = 4096
-_MAGIC = b"ilm2pkw1"
+_MAGIC = b"ilm2pkw2"
 _SUFFIX = ".packed"
 _FIELDS = [field for field in fields(PackedWeight) if field.init]
 
@@ -70,10 +72,10 @@ class PackedCache:
         return freed
 
     def open(self, key: str) -> "CachedWeights | None":
-        """The weights under `key`, or None."""
+        """The weights under `key`, or None. Threads begin to read them at once."""
         path = self.root / f"{key}{_SUFFIX}"
         try:
-            opened = CachedWeights(path)
+            opened = CachedWeights(path, num_threads=min(MAX_READERS, torch.get_num_threads()))
             os.utime(path)
         except FileNotFoundError:
             return None
@@ -124,11 +126,14 @@ class CacheWriter:
         self._file: BinaryIO = os.fdopen(descriptor, "wb")
         self._header: dict[str, dict[str, object]] = {}
 
-    def add(self, name: str, weight: PackedWeight) -> None:
-        """Write one weight; when the disk refuses, the whole file is given up."""
+    def add(self, name: str, weight: PackedWeight | torch.Tensor) -> None:
+        """Write one weight, packed or as it is; when the disk refuses, the whole file is given up."""
         if self._path is None:
             return
         try:
+            if isinstance(weight, torch.Tensor):
+                self._header[name] = self._put(weight)
+                return
             values: dict[str, object] = {}
             for field in _FIELDS:
                 value = getattr(weight, field.name)
@@ -179,18 +184,26 @@ class CacheWriter:
 
 
 class CachedWeights:
-    """A file of the cache, its header read. Raises ValueError or OSError when it is not whole."""
+    """A file of the cache: its header is read at once, its weights by threads, all into one piece of memory.
 
-    def __init__(self, path: Path) -> None:
+    Raises ValueError or OSError when it is not whole.
+    """
+
+    def __init__(self, path: Path, *, num_threads: int = MAX_READERS) -> None:
         self.path = path
         self._file = path.open("rb")
         try:
-            self._header = self._read_header()
+            self._header, num_bytes = self._read_header()
+            tensors = [value for entry in self._header.values() for value in _tensors_of(entry)]
+            self._memory = packed.allocate(num_bytes)
+            self._readers = ThreadPoolExecutor(num_threads, thread_name_prefix="packed-weights")
+            self._parts = {info["start"]: self._readers.submit(self._take, info) for info in tensors}
         except BaseException:
             self._file.close()
             raise
 
-    def _read_header(self) -> Mapping[str, Mapping[str, object]]:
+    def _read_header(self) -> tuple[Mapping[str, Mapping[str, Any]], int]:
+        """The header, and the bytes before it."""
         end = self._file.seek(0, os.SEEK_END) - 24
         self._file.seek(max(0, end))
         footer = self._file.read()
@@ -201,35 +214,43 @@ class CachedWeights:
         text = self._file.read(length)
         if zlib.crc32(text) != int.from_bytes(footer[:8], "little"):
             raise ValueError("its header does not match its checksum")
-        return json.loads(text)
-
-    @property
-    def names(self) -> set[str]:
-        """The weights that are there."""
-        return set(self._header)
+        return json.loads(text), end - length
 
     def read(self, name: str) -> PackedWeight:
-        """One weight, on huge pages of its own. Raises ValueError when its bytes are not those that were written."""
-        values = dict(self._header[name])
+        """One weight. Raises ValueError when it is not there or its bytes are not those that were written."""
+        values = dict(self._entry(name))
         if set(values) != {field.name for field in _FIELDS}:
             raise ValueError(f"{name} has other fields than PackedWeight")
         for key, value in values.items():
             if isinstance(value, Mapping):
-                values[key] = self._take(value)
-        return PackedWeight(**values)  # type: ignore[arg-type]
+                values[key] = self._parts[value["start"]].result()
+        return PackedWeight(**values)
 
-    def _take(self, info: Mapping[str, object]) -> torch.Tensor:
-        dtype, shape = getattr(torch, str(info["dtype"])), info["shape"]
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize  # type: ignore[arg-type]
-        memory = packed.allocate(num_bytes)
-        view = memory.numpy().data
-        self._file.seek(int(info["start"]))  # type: ignore[call-overload]
-        if self._file.readinto(view) != num_bytes or zlib.crc32(view) != info["crc32"]:
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """One tensor that is kept as it is. Raises ValueError as `read` does."""
+        return self._parts[self._entry(name)["start"]].result()
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        if name not in self._header:
+            raise ValueError(f"{name} is not there")
+        return self._header[name]
+
+    def _take(self, info: Mapping[str, Any]) -> torch.Tensor:
+        dtype, shape, start = getattr(torch, info["dtype"]), info["shape"], info["start"]
+        memory = self._memory[start : start + torch.Size(shape).numel() * dtype.itemsize]
+        view, done = memory.numpy().data, 0
+        while done < len(view):  # NOTE: a call reads at most 2 GiB
+            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            if count == 0:
+                break
+            done += count
+        if done != len(view) or zlib.crc32(view) != info["crc32"]:
             raise ValueError("a tensor does not match its checksum")
-        return memory.view(dtype).view(shape)  # type: ignore[arg-type]
+        return memory.view(dtype).view(shape)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; what is not read yet stays unread."""
+        self._readers.shutdown(cancel_futures=True)
         self._file.close()
 
     def forget(self) -> None:
@@ -238,9 +259,17 @@ class CachedWeights:
         _remove(self.path)
 
 
+def _tensors_of(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What the header says of the tensors of a weight, or of one tensor alone."""
+    if "start" in entry:
+        yield entry
+    else:
+        yield from (value for value in entry.values() if isinstance(value, Mapping))
+
+
 def cache_key(paths: list[Path], *, what: str) -> str:
     """The name for what `what` makes of the files `paths`: other files, formats or code give another name."""
-    digest = hashlib.sha256(f"{what}|{torch.__version__}".encode())
+    digest = hashlib.sha256(f"{_MAGIC!r}|{what}|{torch.__version__}".encode())
     for path in sorted(paths):
         stat = path.stat()
         times = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)

@@ -1,13 +1,13 @@
 """Write a checkpoint with its linears in int8 or int4, in the layout of compressed-tensors, one layer at a time.
 
-Embedding, norms and output head stay floating, as is usual there. With method "gptq" a text goes through the network
-layer by layer, and each layer is rounded against what reaches it through the rounded ones before.
+Embedding, norms and output head stay floating, as is usual there. Every method but "rtn" takes a text through the
+network layer by layer, and each layer is rounded against what reaches it through the rounded ones before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -36,23 +36,25 @@ from internlm2.checkpoint.source import (
 from internlm2.errors import CheckpointError, ExportError, RequestError, check
 from internlm2.model.config import ModelConfig
 from internlm2.model.layers import DecoderLayer
-from internlm2.quant.layerwise import Stream, calibrate_layer
+from internlm2.quant.layerwise import CalibratedLayer, Calibration, Stream, calibrate_layer
 from internlm2.quant.weight import Rounded, WeightFormat, round_weight
 
 Kind = Literal["int8", "int4"]
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 Layout = Literal["llama", "internlm2"]
 GROUPS = (32, 64, 128)
+_LAYERS = "model.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
     """How to quantise.
 
-    kind: "int8" or "int4". method: "rtn" rounds to the nearest; "gptq" makes up for errors with the help of a text.
-    group: columns that share a scale: 32, 64 or 128. symmetric: int4 without zeros, which more programs read and which
-    loses more. layout: names as Llama's, which vLLM and transformers load, or InternLM2's own. dtype: of embedding,
-    norms and head; None: as they are, float32 becoming bfloat16.
+    kind: "int8" or "int4". method: "rtn" rounds to the nearest. With the help of a text, "awq" scales columns by what
+    they meet, "gptq" makes up for errors, "awq+gptq" does both. group: columns that share a scale: 32, 64 or 128.
+    symmetric: int4 without zeros, which more programs read and which loses more. layout: names as Llama's, which vLLM
+    and transformers load, or InternLM2's own. dtype: of embedding, norms and head; None: as they are, float32 becoming
+    bfloat16.
     """
 
     kind: Kind
@@ -64,7 +66,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         check(self.kind in ("int8", "int4"), "to", self.kind, "'int8' or 'int4'")
-        check(self.method in ("rtn", "gptq"), "method", self.method, "'rtn' or 'gptq'")
+        check(self.method in get_args(Method), "method", self.method, "'rtn', 'awq', 'gptq' or 'awq+gptq'")
         check(self.group in GROUPS, "group", self.group, "32, 64 or 128")
         check(self.layout in ("llama", "internlm2"), "layout", self.layout, "'llama' or 'internlm2'")
 
@@ -73,6 +75,21 @@ class QuantizeOptions:
         """What the rounding needs to know."""
         has_zeros = self.kind == "int4" and not self.symmetric
         return WeightFormat(self.kind, self.group, has_zeros=has_zeros, whole_zeros=True)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method looks at what the weights are multiplied with."""
+        return self.method != "rtn"
+
+    def calibration(self, stored_dtype: torch.dtype) -> Calibration:
+        """How a layer is calibrated. stored_dtype: of the norms."""
+        return Calibration(
+            self.weight_format,
+            self.group,
+            scales_columns="awq" in self.method,
+            compensates="gptq" in self.method,
+            stored_dtype=stored_dtype,
+        )
 
     @property
     def scheme(self) -> WeightScheme:
@@ -85,7 +102,7 @@ def quantize_checkpoint(
 ) -> None:
     """Write a new `folder` with quantised weights, or nothing when it fails.
 
-    text: (S, T) ids for method "gptq". Raises CheckpointError, ExportError, RequestError.
+    text: (S, T) ids for every method but "rtn". Raises CheckpointError, ExportError, RequestError.
     """
     if isinstance(checkpoint, QuantizedCheckpoint):
         raise CheckpointError(
@@ -94,8 +111,10 @@ def quantize_checkpoint(
     check_complete(checkpoint)
     if options.layout == "llama" and checkpoint.config.head not in ARCHITECTURES:
         raise ExportError(f"The Llama layout has no {checkpoint.config.head} head. Give --layout internlm2.")
-    if options.method == "gptq" and text is None:
-        raise RequestError("Method 'gptq' needs a text to calibrate with. Give one, or use method 'rtn'.")
+    if options.needs_text and text is None:
+        raise RequestError(
+            f"Method {options.method!r} needs a text to calibrate with. Give one, or use method 'rtn'."
+        )
     source = QuantizedTensors(checkpoint, options, text=text)
     tensors = list(source.tensors.items())
     with files.new_folder(folder, need_bytes=total_bytes(tensors, None)) as temporary:
@@ -134,10 +153,9 @@ class QuantizedTensors:
         self.tensors: dict[str, TensorInfo] = {}
         for official, shape in expected_shapes(checkpoint.config).items():
             self._list(official, shape)
-        is_calibrated = options.method == "gptq"
-        self._calibration = (
-            _Calibration(checkpoint, options, text) if is_calibrated and text is not None else None
-        )
+        self._calibration: _CalibratedLayers | None = None
+        if options.needs_text and text is not None:
+            self._calibration = _CalibratedLayers(checkpoint, options.calibration(self._dtype), text)
         self._current: tuple[str, Rounded] | None = None
 
     def _list(self, official: str, shape: tuple[int, ...]) -> None:
@@ -188,7 +206,9 @@ class QuantizedTensors:
         """One stored tensor."""
         origin = self._origins[name]
         if not origin.part:
-            whole = cast(self._checkpoint.read(origin.official), self._dtype, name=origin.official)
+            layers = self._calibration if origin.official.startswith(_LAYERS) else None
+            read = self._checkpoint.read if layers is None else layers.kept
+            whole = cast(read(origin.official), self._dtype, name=origin.official)
             return self._own_part(whole, origin)
         rounded = self._rounded(origin.official)
         if origin.part == "_packed":
@@ -204,7 +224,7 @@ class QuantizedTensors:
     def _rounded(self, official: str) -> Rounded:
         if self._current is None or self._current[0] != official:
             if self._calibration is not None:
-                rounded = self._calibration.take(official)
+                rounded = self._calibration.rounded(official)
             else:
                 weight = self._checkpoint.read(official)
                 fmt, group = self._options.weight_format, self._options.group
@@ -219,33 +239,42 @@ class QuantizedTensors:
         return (parts.q, parts.k, parts.v)[origin.index].contiguous()
 
 
-class _Calibration:
-    """Rounds layer after layer; each is done when the first of its matrices is asked for."""
+class _CalibratedLayers:
+    """Rounds layer after layer; each is done when the first of its tensors is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, options: QuantizeOptions, text: torch.Tensor) -> None:
-        self._checkpoint, self._options, self._text = checkpoint, options, text
+    def __init__(self, checkpoint: Checkpoint, how: Calibration, text: torch.Tensor) -> None:
+        self._checkpoint, self._how, self._text = checkpoint, how, text
         self._stream: Stream | None = None
         self._next_layer = 0
-        self._rounded: Mapping[str, Rounded] = {}
+        self._layer: CalibratedLayer | None = None
 
-    def take(self, official: str) -> Rounded:
-        """The rounded matrix. Layers must be asked for in order."""
-        _, _, number, name = official.removesuffix(".weight").split(".", 3)
+    def rounded(self, official: str) -> Rounded:
+        """A rounded matrix. Layers must be asked for in order."""
+        layer, name = self._find(official)
+        return layer.rounded[name]
+
+    def kept(self, official: str) -> torch.Tensor:
+        """What stays floating of a layer: a norm or a bias, which may have taken up scales of columns."""
+        layer, name = self._find(official)
+        return layer.kept[name]
+
+    def _find(self, official: str) -> tuple[CalibratedLayer, str]:
+        _, _, number, name = official.split(".", 3)
         if int(number) == self._next_layer:
             if self._stream is None:
-                embeddings = embed(self._checkpoint, self._text)
+                embeddings = embed(self._checkpoint, self._text).to(self._how.stored_dtype).float()
                 self._stream = Stream(self._checkpoint.config, embeddings)
             layer = plain_layer(self._checkpoint, self._next_layer)
-            fmt, group = self._options.weight_format, self._options.group
-            self._rounded = calibrate_layer(layer, self._stream, fmt, group)
+            self._layer = calibrate_layer(layer, self._stream, self._how)
             self._next_layer += 1
+        assert self._layer is not None
         assert int(number) == self._next_layer - 1, "layers are rounded in order"
-        return self._rounded[name]
+        return self._layer, name
 
 
 def is_layer_matrix(official: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is one of those that are quantised: the linears of the layers."""
-    return len(shape) == 2 and official.startswith("model.layers.")
+    return len(shape) == 2 and official.startswith(_LAYERS)
 
 
 def embed(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:

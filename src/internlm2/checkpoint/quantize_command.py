@@ -32,8 +32,8 @@ def quantize_model_folder(
 ) -> LossReport | None:
     """Quantise the model at `model` into a new folder `target`; with `report`, say what was lost.
 
-    calibration, text: UTF-8 files for method "gptq" and for the report; None: small ones that come with the package.
-    The report is kept in the folder as loss.json. Raises CheckpointError, ExportError, RequestError.
+    calibration, text: UTF-8 files for every method but "rtn" and for the report; None: small ones that come with the
+    package. The report is kept in the folder as loss.json. Raises CheckpointError, ExportError, RequestError.
     """
     check(calibration_tokens >= 2, "calibration_tokens", calibration_tokens, "at least 2")
     check(report_tokens >= 2, "report_tokens", report_tokens, "at least 2")
@@ -43,7 +43,7 @@ def quantize_model_folder(
     if report:
         text_ids = read_text(checkpoint, text or EVALUATION_TEXT, max_tokens=report_tokens)
     calibration_ids = None
-    if options.method == "gptq":
+    if options.needs_text:
         calibration_ids = read_text(
             checkpoint, calibration or CALIBRATION_TEXT, max_tokens=calibration_tokens
         )

@@ -54,6 +54,7 @@ eval_app.command(
 eval_app.command("internlm2.cli.eval:run", help="Evaluate a model, or go on with a run that was begun.")
 eval_app.command("internlm2.cli.eval:show", help="Samples of a run: prompt, answer and verdict.")
 eval_app.command("internlm2.cli.eval:table", help="The model card's table for one or more runs.")
+eval_app.command("internlm2.cli.cost:cost", help="How many tokens and hours a run will take.")
 eval_app.command("internlm2.cli.report:report", help="One HTML file to browse runs with.")
 eval_app.command("internlm2.cli.report:plot", help="Scores as bars; needle tests as maps and curves.")
 eval_app.command("internlm2.cli.shards:merge", help="One run of the shards of several machines.")

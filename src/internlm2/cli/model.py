@@ -108,15 +108,18 @@ def quantize(
     *,
     to: Annotated[Literal["int8", "int4"], Parameter(help="Bits of each weight.")],
     method: Annotated[
-        Literal["gptq", "rtn"],
-        Parameter(help="gptq: errors are made up for, with the help of a text. rtn: to the nearest; quick."),
+        Literal["awq+gptq", "gptq", "awq", "rtn"],
+        Parameter(
+            help="rtn: to the nearest; quick. With a text, awq scales columns by what they meet, gptq corrects errors."
+        ),
     ] = "gptq",
     group: Annotated[int, Parameter(help="Columns that share a scale: 32, 64 or 128.")] = 32,
     symmetric: Annotated[
         bool, Parameter(help="int4 without zeros: more programs read it, more is lost.", negative=())
     ] = False,
     calibration: Annotated[
-        Path | None, Parameter(help="Text for gptq; default: a small one of English, Chinese and code.")
+        Path | None,
+        Parameter(help="Text for all but rtn; default: a small one of English, Chinese and code."),
     ] = None,
     calibration_tokens: Annotated[int, Parameter(help="So much of it, at most.")] = 16_384,
     layout: Annotated[

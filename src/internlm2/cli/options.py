@@ -3,6 +3,7 @@
 The file is read first, a flag on the command line wins, and what neither says keeps its default.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,7 +32,7 @@ class RunConfig:
     adapter: str | None = None
     deterministic: bool = False
     tensor_parallel: int = 1
-    quantization: str | None = None
+    quantization: str = "auto"
     max_tokens: int = 1024
     temperature: float = 0.8
     top_k: int = 0
@@ -79,7 +80,10 @@ class RunFlags:
     ] = None
     quantization: Annotated[
         str | None,
-        Parameter(help="Weights in int8 or int4, or bfloat16 unchanged, for the fast CPU kernels."),
+        Parameter(
+            help="Weights in int8 or int4, or bfloat16 unchanged, for the fast CPU kernels; auto: bfloat16 where "
+            "it is faster; none: as they are."
+        ),
     ] = None
     max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None
     temperature: Annotated[
@@ -125,8 +129,10 @@ def sampling(config: RunConfig) -> "SamplingParams":
     )
 
 
-def load_llm(model: str, config: RunConfig, *, max_num_seqs: int = 64) -> "LLM":
-    """Load the model on the device and in the dtype that the configuration asks for."""
+def load_llm(
+    model: str, config: RunConfig, *, max_num_seqs: int = 64, adapters: Mapping[str, str] | None = None
+) -> "LLM":
+    """Load the model on the device and in the dtype that the configuration asks for. adapters: more, by name."""
     import torch
 
     from internlm2.engine.llm import LLM
@@ -152,7 +158,7 @@ def load_llm(model: str, config: RunConfig, *, max_num_seqs: int = 64) -> "LLM":
         memory_gib=config.memory_gib,
         max_num_seqs=max_num_seqs,
         speculative=config.speculative,
-        adapters=None if config.adapter is None else {ADAPTER: config.adapter},
+        adapters=({} if config.adapter is None else {ADAPTER: config.adapter}) | dict(adapters or {}) or None,
         deterministic=config.deterministic,
         tensor_parallel=config.tensor_parallel,
         quantization=config.quantization,

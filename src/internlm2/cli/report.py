@@ -15,15 +15,22 @@ PAGE, PICTURE = Path("report.html"), Path("scores.png")
 def report(
     *runs: Runs,
     out: Annotated[Path, Parameter(help="The file to write; one that is there is replaced.")] = PAGE,
+    max_mb: Annotated[
+        float | None,
+        Parameter(help="Answers take at most so much: long texts lose their middle, then the last ones go."),
+    ] = None,
 ) -> None:
     """Write one HTML file to browse runs with: table, settings, and every answer with filters. It loads nothing."""
     from internlm2.eval.report.page import page
+    from internlm2.eval.report.page_data import MAX_BYTES
     from internlm2.eval.task import EvalError
     from internlm2.files import write_text
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise EvalError(f"The file is {str(out)!r}, but must end in .html.")
-    write_text(out, page(_load(runs)))
+    if max_mb is not None and not 0 < max_mb * 1e6 <= MAX_BYTES:
+        raise EvalError(f"max_mb is {max_mb:g}, but must be above 0 and at most {MAX_BYTES / 1e6:g}.")
+    write_text(out, page(_load(runs), max_bytes=MAX_BYTES if max_mb is None else int(max_mb * 1e6)))
     print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB. Open it in a browser.")
 
 

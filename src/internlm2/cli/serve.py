@@ -1,8 +1,9 @@
 """`internlm2 serve`: a model behind an OpenAI-compatible API, and `internlm2 key`, which makes keys for it."""
 
 import os
+import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 
 from internlm2.cli import options
 from internlm2.cli.options import RunConfig, RunFlags
-from internlm2.errors import MissingDependencyError
+from internlm2.errors import ConfigError, MissingDependencyError, RequestError
 
 if TYPE_CHECKING:
     from internlm2.engine.llm import LLM
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from internlm2.serve.settings import ServeSettings
 
 KEY_VARIABLE = "INTERNLM2_API_KEY"
+_KEY_OWNER = "(environment)"  # no name in a file of keys looks so
+_ADAPTER = re.compile(r"([\w.:/-]{1,64})=(.+)", flags=re.S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class ServeConfig(RunConfig):
     drain_seconds: float = 30.0
     log_prompts: bool = False
     replicas: int = 1
+    adapters: dict[str, str] = field(default_factory=dict)
 
 
 @Parameter(name="*")
@@ -91,11 +95,25 @@ class ServeFlags:
     ] = None
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServedModelFlags(RunFlags):
+    """How the model runs, and any number of adapters."""
+
+    adapter: Annotated[  # pyrefly: ignore - several here, one everywhere else
+        tuple[str, ...] | None,
+        Parameter(
+            help="LoRA folder in the PEFT format, always used; or NAME=FOLDER, a model of its own. May be repeated.",
+            negative=(),
+        ),
+    ] = None
+
+
 def serve(
     model: Annotated[str, Parameter(help="Folder, GGUF file, Hugging Face id, or `demo`.")] = "demo",
     *,
     server: ServeFlags | None = None,
-    flags: RunFlags | None = None,
+    flags: ServedModelFlags | None = None,
 ) -> None:
     """Serve a model until Ctrl-C. Sampling options are the defaults of requests that do not say."""
     config = _resolve(server, flags)
@@ -156,16 +174,37 @@ def key(
     print(add_key(keys, name))
 
 
-def _resolve(server: ServeFlags | None, flags: RunFlags | None) -> ServeConfig:
+def _resolve(server: ServeFlags | None, flags: ServedModelFlags | None) -> ServeConfig:
     """One configuration from file and flags. Raises ConfigError for unknown keys and wrong types."""
     from internlm2.config import from_dict, load_toml
 
-    run = flags or RunFlags()
-    given = {**asdict(run), **asdict(server or ServeFlags())}
+    run = flags or ServedModelFlags()
+    adapters = _adapters(run.adapter or ())
+    given = {**asdict(run), **asdict(server or ServeFlags()), **adapters}
     given = {name: value for name, value in given.items() if value is not None and name != "config"}
     if run.config is not None:
         return load_toml(ServeConfig, run.config, overrides=given)
     return from_dict(ServeConfig, given, where="command line")
+
+
+def _adapters(given: tuple[str, ...]) -> dict[str, object]:
+    """What `--adapter` says, as keys of the configuration. Raises ConfigError."""
+    always: list[str] = []
+    named: dict[str, str] = {}
+    for text in given:
+        match = None if Path(text).exists() else _ADAPTER.fullmatch(text)
+        if match is None:
+            always.append(text)
+        elif match[1] in named:
+            raise ConfigError(f"--adapter gives {match[1]!r} twice. Each adapter needs a name of its own.")
+        else:
+            named[match[1]] = match[2]
+    if len(always) > 1:
+        raise ConfigError(
+            f"--adapter gives {' and '.join(map(repr, always))} without names. Write NAME=FOLDER; clients then choose "
+            "by `model`."
+        )
+    return {"adapter": always[0] if always else None, "adapters": named or None}
 
 
 def _settings(model: str, config: ServeConfig) -> "ServeSettings":
@@ -173,13 +212,20 @@ def _settings(model: str, config: ServeConfig) -> "ServeSettings":
     from internlm2.serve.settings import MIB, ServeSettings
 
     keys = {} if config.keys is None else read_keys(Path(config.keys))
-    given = os.environ.get(KEY_VARIABLE)
+    given = os.environ.get(KEY_VARIABLE, "")
+    if given and not given.strip():
+        raise ConfigError(f"${KEY_VARIABLE} holds only blanks, which no client can send. Give it a key.")
     if given:
-        keys["environment"] = digest(given)
+        keys[_KEY_OWNER] = digest(given.strip())  # files of secrets often end with a line break
+    model_name = config.served_name or (Path(model).resolve().name if Path(model).exists() else model)
+    for name in {model_name, options.ADAPTER} & set(config.adapters):
+        raise ConfigError(
+            f"An adapter cannot be called {name!r}, which means something else here. Rename it."
+        )
     return ServeSettings(
-        host=config.host,
+        host=config.host.strip("[]"),
         port=config.port,
-        model_name=config.served_name or (Path(model).resolve().name if Path(model).exists() else model),
+        model_name=model_name,
         keys=keys,
         insecure=config.insecure,
         allowed_hosts=config.allowed_host,
@@ -202,7 +248,9 @@ def _load(model: str, config: ServeConfig) -> "LLM | RewardScorer":
     from internlm2.engine.reward import RewardScorer
 
     if open_checkpoint(resolve_model(model)).config.head != "reward":
-        return options.load_llm(model, config, max_num_seqs=config.max_running)
+        return options.load_llm(model, config, max_num_seqs=config.max_running, adapters=config.adapters)
+    if config.adapter or config.adapters:
+        raise RequestError(f"{model} is a reward model, which takes no adapter. Leave --adapter off.")
     import torch
 
     if config.threads:

@@ -70,12 +70,25 @@ class Admission:
         return admitted
 
     def reading(
-        self, prompt: Sequence[int], task: Task, *, priority: int = 0, adapter: str | None = None
+        self,
+        prompt: Sequence[int],
+        task: Task,
+        alternatives: Sequence[int] = (),
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> Request:
-        """A sequence from which something is read off. Raises RequestError for what does not fit."""
+        """A sequence from which something is read off. Raises RequestError for what does not fit.
+
+        alternatives: single ids behind the prompt whose likelihood is wanted; one of them counts as its length.
+        """
         ids = list(prompt)
-        self._check_prompt(ids, room_for=0)
-        return self._request(ids, len(ids), task, SamplingParams(priority=priority), adapter)
+        for last in [[one] for one in alternatives] or [[]]:
+            self._check_prompt([*ids, *last], room_for=0)
+        total = len(ids) + bool(alternatives)
+        request = self._request(ids, total, task, SamplingParams(priority=priority), adapter)
+        request.alternatives = tuple(alternatives)
+        return request
 
     def _request(
         self, ids: list[int], max_total: int, task: Task, params: SamplingParams, adapter: str | None

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from internlm2 import __version__
+from internlm2.checkpoint.inference import weight_bytes
 from internlm2.checkpoint.source import dtype_name
 from internlm2.engine.async_llm import AsyncLLM
 from internlm2.engine.llm import LLM
@@ -226,8 +227,7 @@ class _Bench:
         runner = self.llm.frontend.engine.runner
         for what, num_bytes in _process_bytes().items():
             self._add("memory", what, "MiB", num_bytes / MIB)
-        weights = {p.data_ptr(): p.nbytes for p in self.llm.model.parameters()}  # shared ones once
-        self._add("memory", "weights", "MiB", sum(weights.values()) / MIB)
+        self._add("memory", "weights", "MiB", weight_bytes(self.llm.model) / MIB)
         self._add("memory", "keys and values, reserved", "MiB", runner.cache.num_bytes / MIB)
         if runner.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(runner.device)
@@ -321,6 +321,7 @@ def _settings(llm: LLM, options: BenchOptions, params: SamplingParams, name: str
     return {
         "model": name,
         "runs on": f"{weight.device}, {dtype_name(weight.dtype)}, {torch.get_num_threads()} threads",
+        "weights": str(llm.weights),
         "versions": f"internlm2 {__version__}, torch {torch.__version__}",
         "prompt tokens": options.prompt_tokens,
         "output tokens": options.output_tokens,

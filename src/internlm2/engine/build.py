@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from internlm2.checkpoint import memory
+from internlm2.checkpoint.inference import AUTO, NONE, WeightChoice, choose_for, load_for_inference
 from internlm2.checkpoint.load import load_checkpoint, require_head
-from internlm2.checkpoint.load_packed import load_for_inference
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.plan import PAGE_TOKENS, context_limit, kv_bytes_per_token
 from internlm2.checkpoint.resolve import resolve_model
@@ -49,9 +49,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready for requests. close: lets the other processes of a split model go; else nothing."""
+    """A model that is ready for requests.
+
+    weights: how they are held. close: lets the other processes of a split model go; else nothing.
+    """
 
     model: Model
+    weights: WeightChoice
     tokenizer: Tokenizer
     frontend: Frontend
     adapters: Adapters | None
@@ -91,20 +95,23 @@ def load(
     for folder in (options.adapters or {}).values():
         check_adapter(folder, checkpoint.config)
     draft = None if options.draft_path is None else _open_draft(options.draft_path, tokenizer)
-    if options.tensor_parallel > 1:
-        return _load_split(checkpoint, tokenizer, options)
-    model = load_for_inference(
+    choice = choose_for(
         checkpoint,
+        wanted=options.quantization,
         dtype=options.dtype,
         device=options.device,
-        quantization=options.quantization,
-        rope_mode=options.rope_mode,
-        needs_plain=options.deterministic or options.adapters is not None,
+        needs_plain=options.needs_plain,
     )
-    return build(model, tokenizer, options, draft=None if draft is None else _load_draft(draft, options))
+    if options.tensor_parallel > 1:
+        return _load_split(checkpoint, tokenizer, choice, options)
+    model = load_for_inference(checkpoint, choice, device=options.device, rope_mode=options.rope_mode)
+    small = None if draft is None else _load_draft(draft, options)
+    return build(model, choice, tokenizer, options, draft=small)
 
 
-def _load_split(checkpoint: Checkpoint, tokenizer: Tokenizer, options: EngineOptions) -> Loaded:
+def _load_split(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, choice: WeightChoice, options: EngineOptions
+) -> Loaded:
     shard_plan(checkpoint.config, options.tensor_parallel)  # refuses what cannot be split
     workers = Workers(
         str(checkpoint.path),
@@ -121,7 +128,8 @@ def _load_split(checkpoint: Checkpoint, tokenizer: Tokenizer, options: EngineOpt
             rope_mode=options.rope_mode,
             group=workers.group,
         )
-        return build(model, tokenizer, options, workers=workers)
+        _log.info("%s", choice)
+        return build(model, choice, tokenizer, options, workers=workers)
     except BaseException:
         workers.kill()
         raise
@@ -145,13 +153,14 @@ def _check_length(checkpoint: Checkpoint, options: EngineOptions) -> None:
 
 def build(
     model: Model,
+    weights: WeightChoice,
     tokenizer: Tokenizer,
     options: EngineOptions,
     *,
     draft: CausalLM | None = None,
     workers: Workers | None = None,
 ) -> Loaded:
-    """An engine around a model that is loaded already.
+    """An engine around a model that is loaded already, its weights held as `weights` says.
 
     draft: a small model that guesses. workers: who holds the other parts of the model.
     """
@@ -204,7 +213,7 @@ def build(
     drafter = _drafter(draft, model, options, num_pages=sizes.num_pages)
     engine = Engine(runner, scheduler, vocab_size=tokenizer.vocab_size, drafter=drafter)
     frontend = Frontend(engine, tokenizer, admission)
-    return Loaded(model, tokenizer, frontend, adapters, sizes.max_model_len, close)
+    return Loaded(model, weights, tokenizer, frontend, adapters, sizes.max_model_len, close)
 
 
 def _nothing() -> None:
@@ -226,7 +235,9 @@ def _open_draft(path: str | Path, tokenizer: Tokenizer) -> Checkpoint:
 
 
 def _load_draft(checkpoint: Checkpoint, options: EngineOptions) -> CausalLM:
-    model = load_checkpoint(checkpoint, dtype=options.dtype, device=options.device)
+    wanted = NONE if options.quantization in (NONE, None) else AUTO
+    choice = choose_for(checkpoint, wanted=wanted, dtype=options.dtype, device=options.device)
+    model = load_for_inference(checkpoint, choice, device=options.device)
     return require_head(model, CausalLM, use="drafting")
 
 

@@ -33,8 +33,8 @@ class Update:
 
     token_ids: new tokens, without one that stops the answer. logprobs: one for each, where asked for.
     finish_reason: None while it goes on; "error" comes with `error`. prompt_logprobs: with the last update of a
-    sequence that wanted them, one for each prompt token after `logits_from`. vector: the embedding (C,) or the
-    reward (1,), float32.
+    sequence that wanted them, one for each prompt token after `logits_from`, then one for each alternative. vector:
+    the embedding (C,) or the reward (1,), float32.
     """
 
     sequence: Sequence
@@ -183,7 +183,8 @@ class Engine:
         limits: int | list[int] = sequence.length_limit or sequence.max_total_tokens
         if self.runner.model.rope_mode == "reference":
             # As the official code: the prompt in one pass, then a base that follows the length.
-            limits = [max(sequence.num_prompt, p + 1) for p in range(chunk.start, chunk.start + len(ids))]
+            whole = sequence.num_prompt + bool(sequence.alternatives)
+            limits = [max(whole, p + 1) for p in range(chunk.start, chunk.start + len(ids))]
         return Part(ids, chunk.start, sequence.pages.ids, limits, sequence.adapter)
 
     # -- reading the results ------------------------------------------------------------------------------
@@ -230,6 +231,10 @@ class Engine:
             targets = [sequence.tokens[p + 1] for p in positions]
             found = prompt_logprobs(logits, targets, live.top, vocab_size=self._vocab_size)
             live.prompt_logprobs.update(zip(positions, found, strict=True))
+        if sequence.alternatives and chunk.reaches_end:
+            logits = self._logits(rows[last - chunk.start :][:1]).expand(len(sequence.alternatives), -1)
+            found = prompt_logprobs(logits, sequence.alternatives, live.top, vocab_size=self._vocab_size)
+            live.prompt_logprobs.update(enumerate(found, last))
         if chunk.start + chunk.num_tokens >= sequence.num_prompt:
             sequence.logits_from = (
                 None  # computed again after a preemption, the prompt may come from the cache

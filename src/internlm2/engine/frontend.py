@@ -220,12 +220,13 @@ class Frontend:
         *,
         logits_from: int = 0,
         top: int | None = None,
+        alternatives: Sequence[int] = (),
         priority: int = 0,
         adapter: str | None = None,
         on_mail: Callable[[], None] | None = None,
     ) -> Ticket:
-        """A request for what is read off a prompt, for `submit`. logits_from: the first position that matters."""
-        request = self._admission.reading(prompt, task, priority=priority, adapter=adapter)
+        """A request for what is read off a prompt, for `submit`; see `Sequence` for what may be wanted of it."""
+        request = self._admission.reading(prompt, task, alternatives, priority=priority, adapter=adapter)
         request.logits_from = logits_from
         ticket = Ticket([request], on_mail)
         with self._all_or_none([ticket]):

@@ -47,9 +47,10 @@ class LLM:
     likely, rounding may choose the other one; it depends on how many tokens a step computes.
 
     tensor_parallel: split the model over so many GPUs ("cuda") or processes of this machine ("cpu"); memory_gib is
-    then that of each. quantization: weights in "int8" or "int4", or "bfloat16"
-    unchanged, packed for the C++ kernels of the CPU: several times faster for a few requests at once; docs/kernels.md
-    says what is lost.
+    then that of each. quantization: weights in "int8" or "int4", or "bfloat16" unchanged, packed for the C++ kernels
+    of the CPU: several times faster for a few requests at once; docs/kernels.md says what is lost. "auto" packs
+    bfloat16 where that is faster and no other option needs plain weights, and quantised files as they are; None or
+    "none": plain tensors. On a GPU: "int8", "int4" or "fp8", docs/gpu.md. `weights` says how it turned out.
 
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Hello"}]).text
@@ -74,7 +75,7 @@ class LLM:
         speculative: str | Path | None = None,
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
         tensor_parallel: int = 1,
-        quantization: str | None = None,
+        quantization: str | None = "auto",
     ) -> None:
         options = EngineOptions(
             dtype=dtype,
@@ -96,6 +97,7 @@ class LLM:
         )
         loaded = load(path, options, head=CausalLM, use="generating text")
         self.model = require_head(loaded.model, CausalLM, use="generating text")
+        self.weights = loaded.weights
         self.tokenizer = loaded.tokenizer
         self.max_model_len = loaded.max_model_len
         self.frontend = loaded.frontend
@@ -232,7 +234,7 @@ class LLM:
         adapter: str | None = None,
         on_mail: Callable[[], None] | None = None,
     ) -> Job[list[Score]]:
-        """As `score`, without waiting."""
+        """As `score`, without waiting. Pairs that differ in their last token only are one pass together."""
         _check_list(prompts, "prompts")
         _check_list(continuations, "continuations")
         if len(prompts) != len(continuations):
@@ -240,16 +242,28 @@ class LLM:
                 f"There are {len(prompts)} prompts and {len(continuations)} continuations. Give one for each."
             )
         pairs = [self._pair(*pair) for pair in zip(prompts, continuations, strict=True)]
+        # What stands before the last ids, behind where it is scored from -> the last ids.
+        passes: dict[tuple[int, ...], list[int]] = {}
+        found: list[tuple[list[int], tuple[int, ...], int]] = []  # continuation, its pass, its place there
+        for ids, start in pairs:
+            key = (start, *ids[:-1])
+            last_ids = passes.setdefault(key, [])
+            found.append((ids[start:], key, len(last_ids)))
+            last_ids.append(ids[-1])
         tickets = self.frontend.submit(
             self.frontend.prepare_task(
-                ids, Task.SCORE, logits_from=start - 1, top=1, adapter=adapter, on_mail=on_mail
+                before,
+                Task.SCORE,
+                logits_from=start - 1,
+                top=1,
+                alternatives=last_ids,
+                adapter=adapter,
+                on_mail=on_mail,
             )
-            for ids, start in pairs
+            for (start, *before), last_ids in passes.items()
         )
-        return Job(
-            tickets,
-            lambda: [_score(ids[start:], own) for (ids, start), own in zip(pairs, tickets, strict=True)],
-        )
+        by_key = dict(zip(passes, tickets, strict=True))
+        return Job(tickets, lambda: [_score(ids, by_key[key], place) for ids, key, place in found])
 
     def embed(self, texts: Sequence[Prompt], *, adapter: str | None = None) -> torch.Tensor:
         """The mean of the last hidden states over all tokens of each text: (texts, C) float32."""
@@ -342,9 +356,12 @@ def _output(ids: list[int], ticket: Ticket, params: SamplingParams) -> Output:
     )
 
 
-def _score(token_ids: list[int], ticket: Ticket) -> Score:
-    found = ticket.last_updates[0].prompt_logprobs
-    assert found is not None
+def _score(token_ids: list[int], ticket: Ticket, place: int) -> Score:
+    """place: of the last token among the alternatives."""
+    every = ticket.last_updates[0].prompt_logprobs
+    assert every is not None
+    before = len(token_ids) - 1
+    found = [*every[:before], every[before + place]]
     each = [token.logprob for token in found]
     is_greedy = all(token.logprob >= token.top[0][1] for token in found)
     return Score(sum(each), token_ids, each, is_greedy)

@@ -7,12 +7,14 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
+from internlm2.checkpoint.inference import AUTO, NONE
 from internlm2.checkpoint.load import parse_device
 from internlm2.checkpoint.plan import PREFILL_CHUNK_TOKENS
 from internlm2.checkpoint.source import DTYPES
 from internlm2.engine.speculative import NUM_DRAFT_TOKENS
 from internlm2.errors import RequestError, check
 from internlm2.model.heads import ROPE_MODES, RopeMode
+from internlm2.quant.gpu import FP8
 from internlm2.quant.weight import FORMATS
 
 _MOST_GIB = 1e9
@@ -37,7 +39,7 @@ class EngineOptions:
     speculative: str | Path | None = None
     num_draft_tokens: int = NUM_DRAFT_TOKENS
     tensor_parallel: int = 1
-    quantization: str | None = None
+    quantization: str | None = AUTO
 
     def __post_init__(self) -> None:
         for name, (is_good, allowed) in _ALLOWED.items():
@@ -56,12 +58,22 @@ class EngineOptions:
             "a draft model": self.draft_path is not None,
             "adapters": self.adapters is not None,
             "host_memory_gib": self.host_memory_gib > 0,
-            "quantization": self.quantization is not None,
+            "quantization": self.quantization not in (AUTO, NONE, None),
             "tensor_parallel": self.tensor_parallel > 1,
         }
         for one, other, why, remedy in _APART:
             if wanted[one] and wanted[other]:
                 raise RequestError(f"{one} does not go with {other}: {why}. {remedy}.")
+
+    @property
+    def needs_plain(self) -> str | None:
+        """Which of the options needs the weights as they are; None: none of them."""
+        wanted = {
+            "deterministic=True": self.deterministic,
+            "an adapter": self.adapters is not None,
+            "tensor_parallel": self.tensor_parallel > 1,
+        }
+        return next((name for name, is_wanted in wanted.items() if is_wanted), None)
 
     @property
     def draft_path(self) -> str | Path | None:
@@ -131,7 +143,10 @@ _ALLOWED: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "num_draft_tokens": _COUNT,
     "tensor_parallel": _COUNT,
-    "quantization": (_one_of(*FORMATS, None), f"one of {', '.join(FORMATS)}, or None"),
+    "quantization": (
+        _one_of(AUTO, NONE, *FORMATS, FP8, None),
+        f"one of {AUTO}, {NONE}, {', '.join(FORMATS)}, {FP8}, or None (as none)",
+    ),
 }
 
 _LEAVE = "Leave one of them off"

@@ -32,6 +32,7 @@ class RewardScorer:
         options = EngineOptions(dtype=dtype, device=device, tensor_parallel=tensor_parallel)
         loaded = load(path, options, head=RewardModel, use="scoring conversations")
         self.model = require_head(loaded.model, RewardModel, use="scoring conversations")
+        self.weights = loaded.weights
         self.tokenizer = loaded.tokenizer
         self.frontend = loaded.frontend
         self._close = loaded.close

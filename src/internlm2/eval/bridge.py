@@ -9,20 +9,23 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from internlm2.checkpoint.memory import count_parameters
 from internlm2.checkpoint.open import open_checkpoint
 from internlm2.checkpoint.resolve import resolve_model
+from internlm2.checkpoint.source import expected_shapes
 from internlm2.config import from_dict
 from internlm2.engine.frontend import Job
 from internlm2.engine.llm import LLM
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.text import Output, Score
 from internlm2.errors import MissingDependencyError, RequestError
-from internlm2.eval.backends.engine import fingerprint
+from internlm2.eval.backends.engine import WINDOW, WINDOW_TOKENS, fingerprint
 from internlm2.log import logger
 from internlm2.tokenizer import export
 
@@ -40,8 +43,8 @@ except ImportError as error:
 
 T = TypeVar("T")
 
-WINDOW = 256  # requests in the engine at a time: several times what it runs at once, so that it never starves
 _ADAPTER = "adapter"
+_TOGETHER = 60  # continuations of one text at most: whole questions of 2, 3, 4, 5 or 6 choices
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "min_tokens", "ignore_eos",
@@ -64,7 +67,7 @@ class ModelArguments:
     max_gen_toks: int = 256
     add_bos_token: bool | None = None
     prefix_token_id: int | None = None
-    quantization: str | None = None
+    quantization: str | None = "auto"
     kv_dtype: str | None = None
     memory_gib: float | None = None
     max_num_seqs: int = 64
@@ -183,13 +186,18 @@ class InternLM2(TemplateLM):
     ) -> list[tuple[float, bool]]:
         num_cut = sum(len(before) + len(after) > self._max_scored for _, before, after in requests)
         _warn(num_cut, len(requests), f"texts are longer than max_length={self.max_length}")
-        jobs = (self._begin_score(before, after) for _, before, after in requests)
+        # Neighbours that continue one text, such as the letters of a question, are asked together, but not too many.
+        together = groupby(enumerate(requests), key=lambda pair: (pair[0] // _TOGETHER, pair[1][1]))
+        jobs = (
+            self._begin_score(before, [after for _, (_, _, after) in own]) for (_, before), own in together
+        )
         answers: list[tuple[float, bool]] = []
         scores = tqdm(
-            self._in_order(jobs), "Running loglikelihood requests", len(requests), disable=disable_tqdm
-        )
+            chain.from_iterable(self._in_order(jobs)),
+            "Running loglikelihood requests", len(requests), disable=disable_tqdm,
+        )  # fmt: skip
         for (texts, _, _), found in zip(requests, scores, strict=True):
-            answers.append((found[0].logprob, found[0].is_greedy))
+            answers.append((found.logprob, found.is_greedy))
             if texts is not None:  # a window of a long text has no key of its own
                 self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
@@ -236,24 +244,25 @@ class InternLM2(TemplateLM):
 
     def get_model_info(self) -> dict[str, object]:
         """What the harness writes into its results about the model."""
-        weights = list(self.llm.model.parameters())
+        model = self.llm.model
         return {
-            "model_num_parameters": sum(one.numel() for one in weights),
-            "model_dtype": str(weights[0].dtype),
+            "model_num_parameters": count_parameters(expected_shapes(model.config)).total,
+            "model_dtype": str(next(model.parameters()).dtype),
             "model_revision": "",
             "model_sha": "" if self._path is None else fingerprint(self._path),
         }
 
     # -- the engine ---------------------------------------------------------------------------------------
 
-    def _begin_score(self, before: list[int], after: list[int]) -> Job[list[Score]]:
-        limit = self._max_scored
-        if len(after) >= limit:
+    def _begin_score(self, before: list[int], continuations: list[list[int]]) -> Job[list[Score]]:
+        limit, longest = self._max_scored, max(map(len, continuations))
+        if longest >= limit:
             raise RequestError(
-                f"A continuation has {len(after)} tokens, but with one before it only {limit} fit. "
+                f"A continuation has {longest} tokens, but with one before it only {limit} fit. "
                 "Give a larger max_length in --model_args, or leave this task out."
             )
-        return self.llm.begin_score([before[-(limit - len(after)) :]], [after], adapter=self._adapter)
+        texts = [before[-(limit - len(after)) :] for after in continuations]
+        return self.llm.begin_score(texts, continuations, adapter=self._adapter)
 
     def _params(self, given: Mapping[str, object]) -> SamplingParams:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
@@ -290,7 +299,7 @@ class InternLM2(TemplateLM):
         try:
             for job in jobs:
                 begun.append(job)
-                if len(begun) >= WINDOW:
+                while len(begun) >= WINDOW or sum(map(_num_tokens, begun)) >= WINDOW_TOKENS:
                     yield frontend.finish(begun.popleft())
             while begun:
                 yield frontend.finish(begun.popleft())
@@ -313,6 +322,10 @@ def _load(path: Path | None, device: str | None, arguments: ModelArguments) -> L
         adapters=None if arguments.adapter is None else {_ADAPTER: arguments.adapter},
         **options,
     )
+
+
+def _num_tokens(job: Job[T]) -> int:
+    return sum(len(request.tokens) for ticket in job.tickets for request in ticket.requests)
 
 
 def _engine_length(path: Path, max_length: int | None) -> int | None:

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from internlm2.config import suggest
 from internlm2.eval.data.folder import DataFolder
@@ -17,7 +17,8 @@ class RunSettings:
     """What is run.
 
     tasks: benchmarks, or single subsets such as "mmlu.anatomy". limit: at most so many questions of each subset, drawn
-    with `seed`; None: all. early_stop: end answers at texts that change the score only of answers that go astray.
+    with `seed`; None: all. task_limits: other limits for some benchmarks. early_stop: end answers at texts that change
+    the score only of answers that go astray.
     """
 
     tasks: tuple[str, ...] = CARD_TASKS
@@ -26,6 +27,30 @@ class RunSettings:
     limit: int | None = None
     seed: int = 0
     early_stop: bool = False
+    task_limits: Mapping[str, int] = field(default_factory=dict)
+
+    def limit_of(self, task: str) -> int | None:
+        """How many questions of each subset of a benchmark are asked; None: all."""
+        return self.task_limits.get(task, self.limit)
+
+
+def read_limits(text: str) -> tuple[int | None, dict[str, int]]:
+    """`limit` and `task_limits` as they are typed: "20", "mmlu=5", or "20,gsm8k=100"; raises EvalError."""
+    limit: int | None = None
+    task_limits: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, is_named, number = part.rpartition("=")
+        try:
+            count = int(number)
+        except ValueError:
+            raise EvalError(
+                f"limit is {text!r}, but must be a number, with TASK=NUMBER for other limits: 20,gsm8k=100."
+            ) from None
+        if is_named:
+            task_limits[name.strip()] = count
+        else:
+            limit = count
+    return limit, task_limits
 
 
 @dataclass(frozen=True)
@@ -53,14 +78,20 @@ class Part:
 
 def choose_questions(data: DataFolder, profile: Profile, settings: RunSettings) -> list[Part]:
     """The questions that the settings name, read from the data folder."""
-    if settings.limit is not None and settings.limit < 1:
-        raise EvalError(f"limit is {settings.limit}, but must be at least 1, or left out for all questions.")
+    for limit in (settings.limit, *settings.task_limits.values()):
+        if limit is not None and limit < 1:
+            raise EvalError(f"limit is {limit}, but must be at least 1, or left out for all questions.")
     wanted: dict[str, list[str]] = {}
     for name in settings.tasks:
         task, _, subset = name.partition(".")
         wanted.setdefault(task, []).append(subset)
     if not wanted:
         raise EvalError(f"No task is given. Known: {', '.join(CARD_TASKS)}.")
+    for name in settings.task_limits:
+        if name not in wanted:
+            raise EvalError(
+                f"A limit is given for {name!r}, which is not asked. {suggest(name, list(wanted))}"
+            )
     return [_part(name, subsets, data, profile, settings) for name, subsets in wanted.items()]
 
 
@@ -76,9 +107,11 @@ def _part(
     digest = hashlib.sha256()
     for subset in names:
         items = list(task.items(data, subset))
-        if settings.limit is not None and len(items) > settings.limit:
+        limit = settings.limit_of(name)
+        if limit is not None and len(items) > limit:
             draw = random.Random(f"{settings.seed}:{name}.{subset}")
-            items = [items[n] for n in sorted(draw.sample(range(len(items)), settings.limit))]
+            order = draw.sample(range(len(items)), len(items))  # a larger limit holds what a smaller one drew
+            items = [items[n] for n in sorted(order[:limit])]
         for item in items:
             identity = item.prompt.identity
             for label in item.labels or ("",):

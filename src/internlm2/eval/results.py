@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -83,6 +83,16 @@ class Results:
     keeps_context_limit: bool
     versions: Mapping[str, str]
     tasks: Mapping[str, TaskResult]
+    task_limits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def which(self) -> str:
+        """Which questions were asked, in words."""
+        if self.limit is None and not self.task_limits:
+            return "all questions"
+        told = "all questions" if self.limit is None else f"{self.limit} of each subset"
+        told += "".join(f", {count} of {name}" for name, count in self.task_limits.items())
+        return f"{told}, seed {self.seed}"
 
     @property
     def num_errors(self) -> int:
@@ -123,6 +133,7 @@ def collect(
         keeps_context_limit=keeps_context_limit,
         versions=versions | {name: version(name) for name in ("torch", "numpy")},
         tasks={part.facts.name: _task_result(part, samples) for part in parts},
+        task_limits=settings.task_limits,
     )
 
 

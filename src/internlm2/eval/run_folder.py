@@ -1,15 +1,16 @@
 """The folder of one run: `run.json` says what is run, `samples.jsonl` holds every question that is done.
 
 A sample is on disk as soon as it is judged. A run that was killed is opened again and goes on; a line that was being
-written then is dropped and its question asked again, as are those that failed.
+written then is dropped and its question asked again, as are those that failed. With a larger limit it grows.
 """
 
 import fcntl
 import json
 import math
+import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from internlm2.eval.task import EvalError
 
 RUN, SAMPLES, RESULTS = "run.json", "samples.jsonl", "results.json"
 _MISSING = object()
+_LIMIT = re.compile(r"settings\.limit|settings\.task_limits(\.\w+)?")
+_PROMPTS = re.compile(r"tasks\.(\w+)\.prompt_sha256")
 
 
 @dataclass(frozen=True)
@@ -109,20 +112,25 @@ class RunFolder:
     """A run that is going on; a context manager. Samples may be added from several threads.
 
     identity: everything that decides about the results, as JSON. Raises EvalError where the folder holds something
-    else, or a run with another identity, or one that another process is working on.
+    else, or a run with another identity, or one that another process is working on. A larger limit of questions is no
+    other identity, because it draws all that a smaller one drew: the folder becomes that run, which is not finished.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
         self.path = path
         with files.writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            self._check(identity)
+            is_new = self._check(identity)
             self._file = (path / SAMPLES).open("r+b" if (path / SAMPLES).exists() else "w+b")
         try:
             self._lock_file()
             self.samples, num_whole_bytes = _parse(path / SAMPLES, self._file.read())
             self._file.truncate(num_whole_bytes)
             self._file.seek(num_whole_bytes)
+            if is_new:
+                (path / RESULTS).unlink(missing_ok=True)
+                text = json.dumps(identity, indent=2, ensure_ascii=False)
+                files.write_text(path / RUN, text + "\n")
         except BaseException:
             self._file.close()
             raise
@@ -146,28 +154,46 @@ class RunFolder:
             self._file.flush()
             self.samples[sample.key] = sample
 
-    def _check(self, identity: Mapping[str, object]) -> None:
+    def _check(self, identity: Mapping[str, object]) -> bool:
+        """Whether `run.json` must be written."""
         if not (self.path / RUN).exists():
-            if any(self.path.iterdir()):
+            if any(one.name != SAMPLES or one.stat().st_size for one in self.path.iterdir()):
                 raise EvalError(f"{self.path} holds something else than a run. Give a new or empty folder.")
-            files.write_text(self.path / RUN, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
-            return
+            return True
         before = _flat(read_json(self.path / RUN))
         now = _flat(json.loads(json.dumps(identity)))
         changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
-        if changed:
+        if changed and not _is_larger(before, now, changed):
             told = "; ".join(f"{key} was {_say(before, key)} and is {_say(now, key)}" for key in changed[:5])
             more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise EvalError(
                 f"{self.path} holds a run with other settings: {told}{more}. Give another folder for the results, "
                 "or the same settings to go on with that run."
             )
+        return bool(changed)
 
     def _lock_file(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise EvalError(f"Another process is running in {self.path}. Wait for it to end.") from error
+
+
+def _is_larger(before: Mapping[str, object], now: Mapping[str, object], changed: Sequence[str]) -> bool:
+    """Whether limits have grown, none has shrunk, and nothing else has changed but the prompts that this adds."""
+    names = [found[1] for key in now if (found := _PROMPTS.fullmatch(key))]
+    limits = {name: (_limit_of(before, name), _limit_of(now, name)) for name in names}
+    grown = {f"tasks.{name}.prompt_sha256" for name, (old, new) in limits.items() if old < new}
+    return (
+        bool(grown)
+        and all(old <= new for old, new in limits.values())
+        and all(_LIMIT.fullmatch(key) or key in grown for key in changed)
+    )
+
+
+def _limit_of(flat: Mapping[str, object], task: str) -> float:
+    limit = flat.get(f"settings.task_limits.{task}", flat.get("settings.limit"))
+    return limit if isinstance(limit, int) else math.inf
 
 
 def _line(sample: Sample) -> bytes:

@@ -112,12 +112,11 @@ def _comparison_cells(found: Comparison | None) -> list[str]:
 
 def _notes(run: FinishedRun) -> list[str]:
     results = run.results
-    which = (
-        "all questions" if results.limit is None else f"{results.limit} of each subset, seed {results.seed}"
-    )
     asked = sum(task.num_questions for task in results.tasks.values())
     mode = "chat" if results.is_chat else "base"
-    notes = [f"{run.folder}: {run.name}, profile {results.profile}, {mode} mode, {asked} questions ({which})"]
+    notes = [
+        f"{run.folder}: {run.name}, profile {results.profile}, {mode} mode, {asked} questions ({results.which})"
+    ]
     for task in results.tasks.values():
         if task.num_errors:
             failed = f"{task.name}: {task.num_errors} questions have no verdict: see `internlm2 eval show RUN --errors`"

@@ -6,6 +6,6 @@ with and that run where no compiler is found; `decoder`, all layers in one call,
 """
 
 from internlm2.kernels.dispatch import linear
-from internlm2.kernels.packed import PackedWeight, pack_bfloat16, pack_int4, pack_int8, unpack
+from internlm2.kernels.packed import PackedWeight, pack_bfloat16, pack_int4, pack_int8, turn, unpack
 
-__all__ = ["PackedWeight", "linear", "pack_bfloat16", "pack_int4", "pack_int8", "unpack"]
+__all__ = ["PackedWeight", "linear", "pack_bfloat16", "pack_int4", "pack_int8", "turn", "unpack"]

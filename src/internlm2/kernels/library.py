@@ -25,8 +25,6 @@ class CWeight(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
@@ -35,6 +33,8 @@ class CWeight(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("is_gated", ctypes.c_int32),
         ("num_parts", ctypes.c_int32),
+        ("has_zeros", ctypes.c_int32),
+        ("uses_hadamard", ctypes.c_int32),
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from internlm2.kernels.packed import BLOCK_ROWS, PackedWeight, stored_halves, unpack
+from internlm2.kernels.packed import BLOCK_ROWS, PackedWeight, stored_halves, turn, unpack
 
 _ROWS_AT_ONCE = 128 * BLOCK_ROWS  # unpacked weights: a few megabytes at a time
 
@@ -13,7 +13,8 @@ def linear_twin(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -
     if weight.kind == "bfloat16":
         rounded = x.to(torch.bfloat16).float()
     else:
-        rounded = _rounded(x.float(), weight.group, weight.activation_bits)
+        values = turn(x) if weight.uses_hadamard else x.float()
+        rounded = _rounded(values, weight.group, weight.activation_bits)
     stored = weight.rows if not weight.is_gated else -(-weight.rows // (BLOCK_ROWS // 2)) * BLOCK_ROWS
     pieces = [
         F.linear(rounded, unpack(weight, first, first + _ROWS_AT_ONCE))

@@ -34,6 +34,22 @@ class InputStatistics:
         self.total.addmm_(rows.T, rows)
         self.num_rows += len(rows)
 
+    def mean(self) -> torch.Tensor:
+        """The mean of x x^T, (C, C). Raises RequestError when it is not finite."""
+        mean = self.total / max(1, self.num_rows)
+        if not mean.isfinite().all():
+            raise RequestError(
+                "The model gives NaN or infinite values on the calibration text. Is the checkpoint damaged?"
+            )
+        return mean
+
+    def divided(self, factors: torch.Tensor) -> "InputStatistics":
+        """Of the same inputs, each column divided by its factor, (C,)."""
+        other = InputStatistics(self.columns)
+        other.total = self.total / factors / factors[:, None]
+        other.num_rows = self.num_rows
+        return other
+
 
 @torch.no_grad()
 def round_calibrated(
@@ -43,18 +59,22 @@ def round_calibrated(
 
     Raises RequestError when weights or inputs are not finite.
     """
-    hessian = statistics.total / max(1, statistics.num_rows)
-    if not hessian.isfinite().all():
-        raise RequestError(
-            "The model gives NaN or infinite values on the calibration text. Is the checkpoint damaged?"
-        )
-    importance = hessian.diagonal().clone()
-    q, scales, zeros = round_weight(weight, fmt, group, importance=importance + importance.mean() * DAMPING)
-    grid = Rounded(q, scales, zeros, group)
-    order = importance.argsort(descending=True)
+    hessian = statistics.mean()
+    grid = round_nearest(weight, fmt, group, hessian)
+    order = hessian.diagonal().argsort(descending=True)
     rounded = _compensate(weight.float()[:, order], grid, order, _inverse_root(hessian, order))
-    q[:, order] = rounded.to(q.dtype)
+    grid.q[:, order] = rounded.to(grid.q.dtype)
     return grid
+
+
+def round_nearest(weight: torch.Tensor, fmt: WeightFormat, group: int, hessian: torch.Tensor) -> Rounded:
+    """Round (N, C) to the nearest on scales for which the columns count as much as their inputs do.
+
+    hessian: (C, C), the mean of x x^T. Raises RequestError when a weight is not finite.
+    """
+    importance = hessian.diagonal()
+    importance = importance + importance.mean() * DAMPING
+    return Rounded(*round_weight(weight, fmt, group, importance=importance), group)
 
 
 def _inverse_root(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -1,31 +1,35 @@
 """A network one layer at a time: a text goes through layer after layer, so two layers are all that is in memory.
 
-What each linear of a layer is given is shown to an observer; calibration and the report of losses are two of them.
+Calibration takes a layer in four steps (queries, keys and values; wo; w1 and w3; w2), so that each weight is rounded
+for inputs that come from what is rounded already, and each product is computed once. The report of losses watches
+whole layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from internlm2.errors import RequestError
-from internlm2.model.attention import causal_attend
+from internlm2.model.attention import Attention, causal_attend
 from internlm2.model.config import ModelConfig
-from internlm2.model.layers import DecoderLayer
+from internlm2.model.layers import DecoderLayer, FeedForward, RMSNorm
 from internlm2.model.rope import rotary
-from internlm2.quant.calibrate import InputStatistics, round_calibrated
+from internlm2.quant.calibrate import InputStatistics, round_calibrated, round_nearest
+from internlm2.quant.channel_scales import (
+    scale_after_norm,
+    scale_hidden_units,
+    scale_values,
+    scales_after_norm,
+)
 from internlm2.quant.weight import Rounded, WeightFormat
 
 SEQUENCE_TOKENS = 512
 _SEQUENCES_AT_ONCE = 4
-_INPUT_OF = {  # a linear -> the linear whose input is the same
-    "attention.wqkv": "attention.wqkv",
-    "attention.wo": "attention.wo",
-    "feed_forward.w1": "feed_forward.w1",
-    "feed_forward.w3": "feed_forward.w1",
-    "feed_forward.w2": "feed_forward.w2",
-}
+_FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 Observe = Callable[[str, torch.Tensor], None]
 
@@ -49,6 +53,49 @@ class Stream:
             if is_kept:
                 self.hidden[part] = out
 
+    def normalised(self, norm: nn.Module) -> torch.Tensor:
+        """What a norm makes of the hidden states, (S, T, C)."""
+        return torch.cat([norm(part) for part in self.hidden.split(_SEQUENCES_AT_ONCE)])
+
+    def attended(self, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        """What `wo` is given when the attention is given x, (S, T, C) -> (S, T, H * D)."""
+        wo = attention.wo
+        attention.add_module("wo", nn.Identity())
+        try:
+            parts = x.split(_SEQUENCES_AT_ONCE)
+            return torch.cat([attention(part, self._angles, causal_attend) for part in parts])
+        finally:
+            attention.add_module("wo", wo)
+
+    def add(self, linear: nn.Module, x: torch.Tensor) -> None:
+        """Add what a linear makes of x, (S, T, any), to the hidden states."""
+        parts = zip(self.hidden.split(_SEQUENCES_AT_ONCE), x.split(_SEQUENCES_AT_ONCE), strict=True)
+        for hidden, part in parts:
+            hidden.add_(linear(part))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How weights are rounded with the help of a text.
+
+    scales_columns: large inputs get finer columns (AWQ). compensates: columns make up for the errors of those before
+    (GPTQ); otherwise each weight goes to the nearest. stored_dtype: of the norms.
+    """
+
+    fmt: WeightFormat
+    group: int
+    scales_columns: bool
+    compensates: bool
+    stored_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """Names within the layer, such as "attention.wqkv.weight" -> rounded matrices, and what stays in floats."""
+
+    rounded: Mapping[str, Rounded]
+    kept: Mapping[str, torch.Tensor]
+
 
 @contextmanager
 def observing(layer: nn.Module, names: Iterator[str] | list[str], observe: Observe) -> Iterator[None]:
@@ -66,24 +113,80 @@ def observing(layer: nn.Module, names: Iterator[str] | list[str], observe: Obser
 
 
 @torch.no_grad()
-def calibrate_layer(
-    layer: DecoderLayer, stream: Stream, fmt: WeightFormat, group: int
-) -> Mapping[str, Rounded]:
-    """Round the five linears of a layer against what `stream` gives them; the layer and the stream go on rounded.
+def calibrate_layer(layer: DecoderLayer, stream: Stream, how: Calibration) -> CalibratedLayer:
+    """Round the five linears of a layer for what `stream` gives them; the layer and the stream go on rounded."""
+    rounder = _Rounder(how)
+    attention, feed_forward = layer.attention, layer.feed_forward
+    wqkv, wo, w1, w2, w3 = (
+        _linear(layer, name) for name in ("attention.wqkv", "attention.wo", *_FEED_FORWARD)
+    )
 
-    Returns the name within the layer, such as "attention.wqkv", and the rounded weight of each.
-    """
-    observed = sorted(set(_INPUT_OF.values()))
-    statistics = {name: InputStatistics(_linear(layer, name).in_features) for name in observed}
-    with observing(layer, observed, lambda name, x: statistics[name].add(x)):
-        stream.through(layer, is_kept=False)
-    rounded: dict[str, Rounded] = {}
-    for name, observed_name in _INPUT_OF.items():
-        linear = _linear(layer, name)
-        rounded[name] = round_calibrated(linear.weight, fmt, group, statistics[observed_name])
-        linear.weight.copy_(rounded[name].values())
-    stream.through(layer)
-    return rounded
+    x = stream.normalised(layer.attention_norm)
+    seen = statistics_of(x)
+    if how.scales_columns:
+        scale_values(attention, statistics_of(stream.attended(attention, x)), how.fmt, how.group)
+    x, seen = rounder.turn_norm(layer.attention_norm, [wqkv.weight], x, seen)
+    rounder.round("attention.wqkv.weight", wqkv, seen)
+    x = stream.attended(attention, x)
+    rounder.round("attention.wo.weight", wo, statistics_of(x))
+    stream.add(wo, x)
+
+    x = stream.normalised(layer.ffn_norm)
+    seen = statistics_of(x)
+    if how.scales_columns:
+        scale_hidden_units(feed_forward, statistics_of(_gated(feed_forward, x)), how.fmt, how.group)
+    x, seen = rounder.turn_norm(layer.ffn_norm, [w1.weight, w3.weight], x, seen)
+    rounder.round("feed_forward.w1.weight", w1, seen)
+    rounder.round("feed_forward.w3.weight", w3, seen)
+    x = _gated(feed_forward, x)
+    rounder.round("feed_forward.w2.weight", w2, statistics_of(x))
+    stream.add(w2, x)
+
+    kept = {name: p.detach() for name, p in layer.named_parameters() if name not in rounder.rounded}
+    return CalibratedLayer(rounder.rounded, kept)
+
+
+class _Rounder:
+    """Rounds one linear after the other, which go on with their rounded weights."""
+
+    def __init__(self, how: Calibration) -> None:
+        self._how = how
+        self.rounded: dict[str, Rounded] = {}
+
+    def turn_norm(
+        self, norm: RMSNorm, weights: list[torch.Tensor], x: torch.Tensor, seen: InputStatistics
+    ) -> tuple[torch.Tensor, InputStatistics]:
+        """Bring a norm into the form in which it is stored, and its readers with it. Returns the new x and its sums."""
+        how = self._how
+        scales = torch.ones_like(norm.weight)
+        if how.scales_columns:
+            scales = scales_after_norm(weights, seen, how.fmt, how.group)
+        factors = scale_after_norm(norm, weights, scales, how.stored_dtype)
+        return x.div_(factors), seen.divided(factors)
+
+    def round(self, name: str, linear: nn.Linear, seen: InputStatistics) -> None:
+        """Round a linear's weight for the inputs that were seen."""
+        how = self._how
+        if how.compensates:
+            rounded = round_calibrated(linear.weight, how.fmt, how.group, seen)
+        else:
+            rounded = round_nearest(linear.weight, how.fmt, how.group, seen.mean())
+        linear.weight.copy_(rounded.values())
+        self.rounded[name] = rounded
+
+
+def statistics_of(x: torch.Tensor) -> InputStatistics:
+    """The statistics of x, (S, T, C)."""
+    statistics = InputStatistics(x.shape[-1])
+    for part in x.split(_SEQUENCES_AT_ONCE):
+        statistics.add(part)
+    return statistics
+
+
+def _gated(feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    """What w2 is given, (S, T, F)."""
+    parts = x.split(_SEQUENCES_AT_ONCE)
+    return torch.cat([F.silu(feed_forward.w1(part)) * feed_forward.w3(part) for part in parts])
 
 
 def sequences(ids: list[int], *, length: int = SEQUENCE_TOKENS) -> torch.Tensor:

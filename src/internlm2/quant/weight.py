@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from internlm2.errors import RequestError
-from internlm2.kernels import PackedWeight, pack_bfloat16, pack_int4, pack_int8
-from internlm2.kernels.packed import Kind
+from internlm2.kernels import PackedWeight, pack_bfloat16, pack_int4, pack_int8, turn
+from internlm2.kernels.packed import COLUMN_MULTIPLE, Kind
 
 _VALUES_AT_ONCE = 1 << 20  # so that intermediate results stay in the cache
+_TIMES_ON_GPU = 64  # which has no such cache, and starts every operation anew
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)  # factors of the obvious scale that are tried for int4
 _SMALLEST = 1e-30  # of a scale while it divides; stored as zero
 
@@ -25,6 +26,7 @@ class WeightFormat:
 
     group: columns that share a scale. has_zeros: int4 with a zero of each group's own. activation_bits: 8, or 15, which
     takes two products for each weight: free while the memory is the limit, half the speed from about 8 rows on.
+    uses_hadamard: weights and activations are turned by a Hadamard matrix, 32 columns at a time, before rounding.
     whole_zeros: zeros are whole numbers, as files hold them, and not sixteenths.
     """
 
@@ -33,13 +35,14 @@ class WeightFormat:
     has_zeros: bool = False
     activation_bits: int = 8
     whole_zeros: bool = False
+    uses_hadamard: bool = False
 
 
-# int8 is for those who want nothing lost, and with 8 bits the activations lose more than the weights do
-# (docs/kernels.md has the figures). With int4 the weights lose most, and 8 bits are enough.
+# int8 is for those who want nothing lost: turned, 8 bits of the activations are as good as 15 (docs/kernels.md has the
+# figures). int4 is not turned: weights that come from a 4-bit file keep their grid.
 FORMATS: dict[str, WeightFormat] = {
     "bfloat16": WeightFormat("bfloat16"),
-    "int8": WeightFormat("int8", 32, activation_bits=15),
+    "int8": WeightFormat("int8", 32, uses_hadamard=True),
     "int4": WeightFormat("int4", 32, has_zeros=True),
 }
 
@@ -97,19 +100,28 @@ def _repeat(values: torch.Tensor, times: int, most: int) -> torch.Tensor:
 
 
 def pack_rounded(
-    weight: Rounded, *, gate: Rounded | None = None, bias: torch.Tensor | None = None, activation_bits: int
+    weight: Rounded,
+    *,
+    gate: Rounded | None = None,
+    bias: torch.Tensor | None = None,
+    activation_bits: int,
+    uses_hadamard: bool = False,
 ) -> PackedWeight:
-    """Pack what `Rounded.for_kernels` gave; nothing is rounded. gate: of the same kind, group and zeros or none."""
+    """Pack what `Rounded.for_kernels` gave; nothing is rounded. gate: of the same kind, group and zeros or none.
+
+    uses_hadamard: both were turned before they were rounded.
+    """
     assert gate is None or gate.is_like(weight)
     if weight.kind == "int8":
         gate_parts = None if gate is None else (gate.q, gate.scales)
         return pack_int8(
-            weight.q, weight.scales, group=weight.group, gate=gate_parts, bias=bias, activation_bits=activation_bits
+            weight.q, weight.scales, group=weight.group, gate=gate_parts, bias=bias,
+            activation_bits=activation_bits, uses_hadamard=uses_hadamard,
         )  # fmt: skip
     others = None if gate is None else (gate.q, gate.scales, gate.zeros)
     return pack_int4(
         weight.q, weight.scales, weight.zeros, group=weight.group, gate=others, bias=bias,
-        activation_bits=activation_bits,
+        activation_bits=activation_bits, uses_hadamard=uses_hadamard,
     )  # fmt: skip
 
 
@@ -142,11 +154,17 @@ def quantize_weight(
     if fmt.kind == "bfloat16":
         return pack_bfloat16(weight, gate=gate, bias=bias)
     group = fitting_group(weight.shape[1], fmt.group)
+    bits, uses_hadamard = fmt.activation_bits, fmt.uses_hadamard and weight.shape[1] % COLUMN_MULTIPLE == 0
+    if uses_hadamard:
+        weight, gate = turn(weight), None if gate is None else turn(gate)
+    elif fmt.uses_hadamard:
+        bits = 15  # the columns do not fit
     return pack_rounded(
         Rounded(*round_weight(weight, fmt, group), group),
         gate=None if gate is None else Rounded(*round_weight(gate, fmt, group), group),
         bias=bias,
-        activation_bits=fmt.activation_bits,
+        activation_bits=bits,
+        uses_hadamard=uses_hadamard,
     )
 
 
@@ -162,11 +180,12 @@ def round_weight(
     rows, columns = weight.shape
     num_groups = -(-columns // group)
     is_int8 = fmt.kind == "int8"
-    q = torch.empty(rows, columns, dtype=torch.int8 if is_int8 else torch.uint8)
-    scales = torch.empty(rows, num_groups, dtype=torch.bfloat16)
-    zeros = torch.empty(rows, num_groups, dtype=torch.uint8) if fmt.has_zeros else None
-    step = max(1, _VALUES_AT_ONCE // columns)
-    counts = torch.ones(columns) if importance is None else importance.float()
+    device = weight.device
+    q = torch.empty(rows, columns, dtype=torch.int8 if is_int8 else torch.uint8, device=device)
+    scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=device)
+    zeros = torch.empty(rows, num_groups, dtype=torch.uint8, device=device) if fmt.has_zeros else None
+    step = max(1, _VALUES_AT_ONCE * (1 if device.type == "cpu" else _TIMES_ON_GPU) // columns)
+    counts = torch.ones(columns, device=device) if importance is None else importance.to(device).float()
     counts = F.pad(counts, (0, num_groups * group - columns)).view(num_groups, group)
     for start in range(0, rows, step):
         part = slice(start, start + step)

@@ -22,6 +22,7 @@ from internlm2.engine.async_llm import AsyncLLM
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.errors import InternLM2Error
 from internlm2.serve import errors
+from internlm2.serve.api.body import BodyError
 from internlm2.serve.api.chat import chat_routes
 from internlm2.serve.api.completions import completion_routes
 from internlm2.serve.api.misc import model_routes, state_routes, token_routes
@@ -123,9 +124,13 @@ def _answer_errors(app: FastAPI) -> None:
     async def failed(_: Request, __: Exception) -> Response:
         return errors.failed().response()  # the guard writes the log
 
+    @app.exception_handler(BodyError)
+    async def unreadable(_: Request, error: BodyError) -> Response:
+        return error.told.response()
+
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
-        return errors.from_status(error.status_code).response()
+        return errors.from_status(error.status_code, error.headers).response()
 
 
 def _describe(app: FastAPI) -> None:

@@ -10,7 +10,8 @@ from internlm2.config import suggest
 from internlm2.errors import InternLM2Error
 
 BAD_REQUEST, UNAUTHORIZED, FORBIDDEN, NOT_FOUND = 400, 401, 403, 404
-TIMEOUT, TOO_LARGE, TOO_MANY, SERVER_ERROR, UNAVAILABLE, GATEWAY_TIMEOUT = 408, 413, 429, 500, 503, 504
+TIMEOUT, TOO_LARGE, UNSUPPORTED_MEDIA, TOO_MANY = 408, 413, 415, 429
+SERVER_ERROR, UNAVAILABLE, GATEWAY_TIMEOUT = 500, 503, 504
 _MAX_MESSAGE = 1000
 _INVALID = "invalid_request_error"
 _OBJECT = re.compile(r"valid dictionary or (instance of \w+|object to extract fields from)")
@@ -157,12 +158,34 @@ def _place(problem: Mapping[str, object]) -> str | None:
     return ".".join(single or parts[:1]) or None
 
 
-def from_status(status: int) -> ApiError:
+def crowded(num_connections: int) -> ApiError:
+    """More connections than the server takes."""
+    return ApiError(
+        UNAVAILABLE,
+        f"This server has its {num_connections} connections open already. Try again in a moment.",
+        kind="server_error",
+        code="too_many_connections",
+        headers={"retry-after": "1", "connection": "close"},
+    )
+
+
+def not_http() -> ApiError:
+    """Bytes that are no request."""
+    return ApiError(
+        BAD_REQUEST,
+        "This is not a valid HTTP/1.1 request.",
+        code="invalid_http",
+        headers={"connection": "close"},
+    )
+
+
+def from_status(status: int, headers: Mapping[str, str] | None = None) -> ApiError:
     """What the framework refuses by itself: unknown paths, wrong methods, bodies that cannot be read."""
     phrase = HTTPStatus(status).phrase
     hints = {
-        BAD_REQUEST: "The body could not be read as JSON: it is nested too deeply, or not UTF-8.",
+        BAD_REQUEST: "The body could not be read.",
         NOT_FOUND: "There is no such path. /openapi.json lists all of them.",
         405: "This path takes another method. /openapi.json lists them.",
     }
-    return ApiError(status, hints.get(status, f"{phrase}."), code=phrase.lower().replace(" ", "_"))
+    message, code = hints.get(status, f"{phrase}."), phrase.lower().replace(" ", "_")
+    return ApiError(status, message, code=code, headers=headers)

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internlm2.engine.async_llm import PieceStream
 from internlm2.serve import errors
-from internlm2.serve.errors import FORBIDDEN, TIMEOUT, TOO_LARGE, UNAUTHORIZED, ApiError
+from internlm2.serve.errors import FORBIDDEN, TIMEOUT, TOO_LARGE, UNAUTHORIZED, UNSUPPORTED_MEDIA, ApiError
 from internlm2.serve.gate import Slot
 from internlm2.serve.keys import owner
 from internlm2.serve.service import Service
@@ -107,7 +107,12 @@ class Guard:
         if self._settings.logs_prompts and body:
             exchange.said = []
             _log.info("Request %s: %s", exchange.request_id, body.decode("utf-8", "replace"))
-        await self._app(scope, _replay(body, receive), send)
+        # HEAD is GET without the body, which uvicorn leaves out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        try:
+            await self._app(inner, _replay(body, receive), send)
+        finally:
+            scope["route"] = inner.get("route")
 
     def _check_host(self, headers: Headers) -> None:
         """A web page whose name is made to lead to 127.0.0.1 must not reach a server that asks for no key."""
@@ -128,8 +133,8 @@ class Guard:
         path = scope["path"]
         if not self._settings.keys or path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
             return None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        name = owner(self._settings.keys, key.strip()) if scheme.lower() == "bearer" else None
+        scheme, _, key = headers.get("authorization", "").encode("latin-1").partition(b" ")
+        name = owner(self._settings.keys, key.strip()) if scheme.lower() == b"bearer" else None
         if name is None:
             what = "is not known here" if key else "is missing"
             raise ApiError(
@@ -142,6 +147,14 @@ class Guard:
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         limit, told = self._settings.body_bytes, headers.get("content-length", "0")
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise ApiError(
+                UNSUPPORTED_MEDIA,
+                f"The body has the content-encoding {encoding!r:.40}. Send it as it is, not compressed.",
+                code="unsupported_content_encoding",
+                headers={"connection": "close"},
+            )
         parts: list[bytes] = []
         size = int(told) if told.isascii() and told.isdigit() and len(told) < 20 else 0
         num_read = 0

@@ -22,9 +22,9 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def owner(keys: Mapping[str, bytes], given: str) -> str | None:
-    """Whose key this is. All keys are compared, each in constant time."""
-    found, given_digest = None, digest(given)
+def owner(keys: Mapping[str, bytes], given: bytes) -> str | None:
+    """Whose key this is, as its bytes came. All keys are compared, each in constant time."""
+    found, given_digest = None, hashlib.sha256(given).digest()
     for name, known in keys.items():
         if hmac.compare_digest(known, given_digest):
             found = name
@@ -34,7 +34,7 @@ def owner(keys: Mapping[str, bytes], given: str) -> str | None:
 def read_keys(path: Path) -> dict[str, bytes]:
     """The hashes of a file by name. Raises ConfigError for a file that is missing, empty or not of this form."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"Cannot read the keys in {path}: {error}. Make one with `internlm2 key NAME --keys {path}`."

@@ -25,12 +25,15 @@ class TokenizersBackend:
         try:
             data = json.loads(content)
             added = {token["id"]: token for token in data.get("added_tokens", [])}
-            for token in added.values():
-                token["special"] = token["special"] or MARKER.fullmatch(token["content"]) is not None
             # A folder may ask for cut or padded results; we never cut a prompt without a word.
+            is_changed = data.get("truncation") is not None or data.get("padding") is not None
             data["truncation"] = data["padding"] = None
+            for token in added.values():
+                if not token["special"] and MARKER.fullmatch(token["content"]) is not None:
+                    token["special"] = is_changed = True
             decoders = _decoders(data.get("decoder"), where=where)
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+            # Writing a large vocabulary again takes as long as reading it.
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data) if is_changed else content)
         except TokenizerError:
             raise
         except Exception as error:  # NOTE: the Rust library raises bare Exception
@@ -141,11 +144,14 @@ def byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_ALPHABET = byte_level_alphabet()
+# For str.translate: a character that spells a byte -> the character of that number; another one -> none of them.
+_TO_LATIN_1 = dict.fromkeys(range(256), "\uffff") | {
+    ord(character): chr(byte) for character, byte in byte_level_alphabet().items()
+}
 
 
 def _byte_level_bytes(token: str) -> bytes:
     try:
-        return bytes([_ALPHABET[character] for character in token])
-    except KeyError:  # a token that is spelled as plain text, as the library treats it too
+        return token.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError:  # a token that is spelled as plain text, as the library treats it too
         return token.encode()

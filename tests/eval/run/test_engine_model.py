@@ -7,8 +7,9 @@ import torch
 
 import internlm2
 from internlm2.engine.llm import LLM
+from internlm2.eval.backends import engine
 from internlm2.eval.backends.engine import EngineModel, fingerprint
-from internlm2.eval.model import Request, ScriptedModel, fit
+from internlm2.eval.model import Answer, Request, ScriptedModel, fit
 from internlm2.eval.profile import find_profile
 from internlm2.eval.questions import RunSettings, choose_questions
 from internlm2.eval.run_folder import read_samples
@@ -64,6 +65,44 @@ def test_labels_of_a_question_share_its_prompt(chat_folder):
     answers(EngineModel(llm, name="tiny"), [Request("x:0", prompt, ("A", "B", "C", "D"))])
     num_prompt = len(prompt.text) + 1
     assert llm.stats.num_prompt_tokens < 1.5 * num_prompt
+
+
+def test_labels_of_one_token_are_one_pass(chat_folder):
+    llm = LLM(chat_folder, dtype="float32", max_model_len=2048)
+    prompt = TextPrompt("", "Is it A or B?\nAnswer: ")
+    answers(EngineModel(llm, name="tiny"), [Request("x:0", prompt, ("A", "B", "C", "D"))])
+    assert llm.stats.num_prompt_tokens == len(EngineModel(llm, name="tiny").encode(prompt))
+
+
+def test_the_window_counts_tokens_as_well_and_takes_one_question_at_least(monkeypatch):
+    """Long prompts wait outside the engine."""
+
+    class Ticket:
+        is_done = False
+
+        def raise_error(self) -> None: ...
+
+    taken: list[tuple[Request, Ticket]] = []
+    monkeypatch.setattr(engine, "WINDOW_TOKENS", 100)
+
+    def ask(request: Request, on_mail) -> engine._Asked:
+        taken.append((request, Ticket()))
+        return engine._Asked(request, request.max_tokens, [taken[-1][1]], lambda: Answer("x"))
+
+    sizes = (60, 30, 60, 500, 1, 1)
+    requests = [Request(f"x:{n}", TextPrompt("", "x"), max_tokens=size) for n, size in enumerate(sizes)]
+    asking = engine._Asking(iter(requests), ask)
+    asking.fill()
+    assert len(taken) == 3, "60 + 30 leave room, 150 do not"
+    for number, expected in (
+        (0, 4),
+        (1, 4),
+        (2, 4),
+        (3, 6),
+    ):  # 30 + 60 leave room for 500; then there is none
+        taken[number][1].is_done = True
+        asking._on_mail()
+        assert len(taken) == expected
 
 
 def test_a_chat_has_no_system_message_and_is_the_text_of_the_prompt(model, llm, sample):

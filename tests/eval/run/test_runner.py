@@ -5,17 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
+from scripted import as_in_the_examples, asked, run
 
 from internlm2.errors import ConfigError
 from internlm2.eval.data.folder import DataError, DataFolder
 from internlm2.eval.model import Answer, ScriptedModel
-from internlm2.eval.profile import find_profile
-from internlm2.eval.questions import RunSettings, choose_questions
+from internlm2.eval.questions import RunSettings
 from internlm2.eval.results import Results
 from internlm2.eval.run_folder import RunFolder, Sample, read_samples
 from internlm2.eval.runner import evaluate, run_in_sandbox
@@ -23,30 +21,6 @@ from internlm2.eval.task import EvalError, Item
 from internlm2.sandbox import SandboxError
 
 SMALL = ("mmlu.abstract_algebra", "gsm8k", "math")
-
-
-def gold(item: Item) -> str:
-    return item.gold
-
-
-def asked(data: DataFolder, settings: RunSettings):
-    return choose_questions(data, find_profile(settings.profile), settings)
-
-
-def run(
-    data: DataFolder, folder: Path, settings: RunSettings, say: Callable[[Item], str] = gold, **more
-) -> Results:
-    parts = asked(data, settings)
-    items = {item.key: item for part in parts for item in part.items}
-    return evaluate(ScriptedModel(lambda request: say(items[request.key])), parts, folder, settings, **more)
-
-
-def as_in_the_examples(item: Item) -> str:
-    if item.labels:
-        return item.gold
-    if item.task == "math":
-        return f"So.\nFinal Answer: The final answer is ${item.gold}$. I hope it is correct.\n"
-    return f"So the answer is {item.gold}."
 
 
 # -- scores --------------------------------------------------------------------------------------------------
@@ -238,6 +212,7 @@ def test_a_finished_run_asks_nothing_again(sample, tmp_path):
         ({"profile": "fixed"}, 'settings.profile was "card-2024-02" and is "fixed"'),
         ({"seed": 3}, "settings.seed was 0 and is 3"),
         ({"limit": 2}, "settings.limit was null and is 2"),
+        ({"task_limits": {"gsm8k": 2}}, "settings.task_limits.gsm8k was not given and is 2"),
         ({"tasks": ("gsm8k", "math")}, "settings.tasks was "),
     ],
 )
@@ -331,6 +306,8 @@ def test_unknown_names_and_missing_files_are_named(sample, tmp_path):
         (RunSettings(("mmlu.anatomi",)), EvalError, "mmlu has no subset 'anatomi'. Did you mean 'anatomy'?"),
         (RunSettings(()), EvalError, "No task is given"),
         (RunSettings(limit=0), EvalError, "limit is 0, but must be at least 1"),
+        (RunSettings(task_limits={"gsm8k": 0}), EvalError, "limit is 0, but must be at least 1"),
+        (RunSettings(task_limits={"gsm": 1}), EvalError, "A limit is given for 'gsm', which is not asked"),
         (RunSettings(profile="card"), ConfigError, "There is no profile 'card'"),
         (RunSettings(("mmlu.anatomy",)), DataError, "mmlu/dev/anatomy_dev.csv is not in"),
     ]

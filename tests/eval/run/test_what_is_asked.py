@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import replace
 
-from test_runner import asked, run
+from scripted import asked, run
 
 from internlm2.eval.model import Request, ScriptedModel
 from internlm2.eval.questions import RunSettings

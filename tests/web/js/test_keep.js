@@ -5,7 +5,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 
 const WEB = new URL("../../../src/internlm2/serve/web/js/", import.meta.url);
-const { append, asked, matches, newConversation, path, picturesOf } = await import(new URL("keep/tree.js", WEB));
+const { append, asked, isWhole, matches, merge, newConversation, openCalls, path, picturesOf, versions } = await import(new URL("keep/tree.js", WEB));
 const { read, written } = await import(new URL("keep/transfer.js", WEB));
 const { asSettings, asTools, CheckError } = await import(new URL("keep/check.js", WEB));
 const en = (await import(new URL("lang/en.js", WEB))).default;
@@ -89,6 +89,28 @@ test("a transcript of OpenAI messages becomes a conversation", () => {
   }
 });
 
+test("a transcript of an agent becomes a conversation, also one that was torn, and nothing else does", () => {
+  const lines = [
+    { event: "start", version: 1, system: "Be brief." }, { event: "question", text: "Twice 21?" },
+    { event: "reply", text: "I ask.", calls: [{ id: "x", name: "double", arguments: "{}" }], took_seconds: 1.5 },
+    { event: "result", id: "call_0", name: "double", arguments: '{"x": 21}', text: "42", pictures: [{ media_type: "image/png", base64: "AAAA" }] },
+    { event: "reply", text: "42.", calls: [], took_seconds: 1 }, { event: "end", ending: "answered" },
+  ].map((event) => JSON.stringify(event));
+  for (const text of [lines.join("\n"), `${lines.join("\n")}\n{"event": "ques`]) {
+    const [found] = read(text);
+    assert.equal(found.settings.system, "Be brief.");
+    const shown = path(found).map(({ message }) => message);
+    assert.deepEqual(shown.map(({ role }) => role), ["user", "assistant", "tool", "assistant"]);
+    assert.equal(shown[1].tool_calls[0].function.arguments, '{"x": 21}');
+    assert.equal(shown[2].tool_call_id, "call_0");
+    assert.deepEqual(picturesOf(shown[2]), ["data:image/png;base64,AAAA"]);
+    assert.equal("tool_calls" in shown[3], false);
+  }
+  for (const wrong of [`${lines[0]}\n{"event": "question"}`, `${lines[0]}\n3`, `{"a": 1}\n{"b": 2}`, `${lines[0]}\n{\n${lines[1]}`, lines[0]]) {
+    assert.throws(() => read(wrong), CheckError, wrong);
+  }
+});
+
 test("what the model is asked: text alone, without answers that failed", () => {
   const made = newConversation();
   let last = null;
@@ -98,6 +120,70 @@ test("what the model is asked: text alone, without answers that failed", () => {
   ]) last = append(made, last, message).id;
   assert.deepEqual(asked(path(made), " "), [{ role: "user", content: "a" }, { role: "user", content: "b" }, { role: "environment", content: "t\n[picture]" }]);
   assert.deepEqual(asked([], "s"), [{ role: "system", content: "s" }]);
+});
+
+const called = (name, given) => ({ id: `${name} ${given}`, type: "function", function: { name, arguments: given } });
+
+test("a call that was cut within its arguments is not asked again, waits for nothing and blocks nothing", () => {
+  for (const whole of ["", "{}", ' {"a": 1}\n']) assert.ok(isWhole(called("f", whole)), whole);
+  for (const cut of ["{", '{"a": "b', "[1]", "3", "null", "x"]) assert.ok(!isWhole(called("f", cut)), cut);
+  assert.ok(isWhole(called("python", "print(1)")));
+  assert.ok(!isWhole(called("python", '{"code": "pri')));
+  const made = newConversation();
+  const [good, cut] = [called("f", '{"a": 1}'), called("g", '{"a": "b')];
+  let last = append(made, null, { role: "user", content: "a" });
+  last = append(made, last.id, { role: "assistant", content: "", tool_calls: [good, cut], isStopped: true });
+  assert.deepEqual(openCalls(made), [good]);
+  last = append(made, last.id, { role: "tool", tool_call_id: good.id, content: "1" });
+  last = append(made, last.id, { role: "tool", tool_call_id: cut.id, content: "2" });
+  append(made, last.id, { role: "assistant", content: "", tool_calls: [cut] });
+  assert.deepEqual(asked(path(made)).slice(1), [
+    { role: "assistant", content: "", tool_calls: [good] }, { role: "tool", content: "1", tool_call_id: good.id }]);
+});
+
+test("what two windows added to one conversation is kept, and each shows its own", () => {
+  const mine = newConversation();
+  const start = append(mine, null, { role: "user", content: "one" });
+  append(mine, start.id, { role: "assistant", content: "half" });
+  const theirs = structuredClone(mine);
+  const [answer] = [path(mine)[1].id];
+  theirs.nodes[answer].message.content = "half and whole";
+  append(theirs, start.id, { role: "assistant", content: "theirs" });
+  append(theirs, answer, { role: "user", content: "and theirs below" });
+  append(mine, start.id, { role: "assistant", content: "mine" });
+  const before = mine.nodes[start.id].message;
+  merge(mine, theirs);
+  assert.equal(mine.nodes[start.id].message, before); // the same object: nothing has to be drawn again
+  assert.deepEqual(path(mine).map(({ message }) => message.content), ["one", "mine"]);
+  assert.deepEqual(versions(mine, path(mine)[1].id), { index: 1, count: 3 });
+  assert.equal(mine.nodes[answer].message.content, "half and whole");
+  assert.equal(mine.nodes[mine.nodes[answer].chosen].message.content, "and theirs below");
+  read(written([mine])); // still a tree
+  const again = JSON.stringify(mine);
+  merge(mine, theirs);
+  assert.equal(JSON.stringify(mine), again);
+});
+
+test("a window keeps the message that it writes, and what it took away stays away", () => {
+  const mine = newConversation();
+  const start = append(mine, null, { role: "user", content: "one" });
+  const theirs = structuredClone(mine);
+  const gone = append(theirs, start.id, { role: "assistant", content: "" });
+  append(theirs, gone.id, { role: "user", content: "below" });
+  start.message.content = "mine";
+  merge(mine, theirs, { kept: new Set([start.id]), gone: new Set([gone.id]) });
+  assert.deepEqual(path(mine).map(({ message }) => message.content), ["mine"]);
+});
+
+test("whatever the page itself wrote, it can read again", () => {
+  const made = newConversation();
+  const start = append(made, null, { role: "user", content: "x".repeat(5_000_000) });
+  const long = "y".repeat(10_000);
+  append(made, start.id, {
+    role: "assistant", content: "", error: long, model: long, finish: long, usage: { prompt_tokens: null, total_tokens: 3 },
+    tool_calls: [{ id: long, type: "function", function: { name: long, arguments: "{" } }],
+  });
+  assert.equal(Object.keys(read(written([made]))[0].nodes).length, 2);
 });
 
 test("search looks into titles and messages of every version", () => {

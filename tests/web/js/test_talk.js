@@ -10,7 +10,7 @@ const { Answer, StreamError } = await import(new URL("talk/answer.js", WEB));
 const { Api, ApiError } = await import(new URL("talk/api.js", WEB));
 const { Session } = await import(new URL("talk/session.js", WEB));
 const { Store } = await import(new URL("keep/store.js", WEB));
-const { openCalls, path, textOf, versions } = await import(new URL("keep/tree.js", WEB));
+const { append, openCalls, path, textOf, versions } = await import(new URL("keep/tree.js", WEB));
 
 test("events are the same however the stream is cut", () => {
   const stream = 'data: {"a":"é\u2028你"}\r\n\r\n: note\ndata:x\r\ndata: y\n\nevent: z\nid: 1\n\ndata\n\rdata: last\r\r';
@@ -37,6 +37,12 @@ test("chunks become a message, with calls put together by their index", () => {
   const call = (id, name, given) => ({ id, type: "function", function: { name, arguments: given } });
   assert.deepEqual(answer.messages, [{ role: "assistant", content: "ab", tool_calls: [call("1", "f", '{"x":1}'), call("2", "g", "{}")], finish: "tool_calls" }]);
   assert.deepEqual(answer.usage, { total_tokens: 7 });
+});
+
+test("a call with a senseless number is an error, not a page that hangs", () => {
+  for (const index of [1e9, -1, 1.5, "0"]) {
+    assert.throws(() => new Answer().push(delta({ tool_calls: [{ index, id: "1", function: { name: "f", arguments: "" } }] })), StreamError);
+  }
 });
 
 test("a server that runs tools sends several messages", () => {
@@ -78,6 +84,14 @@ test("a stream that ends without its end is an error, and what came is kept", as
   assert.equal(answer.last.content, "half");
 });
 
+test("a connection that breaks within the answer is told as that, not as a server that is not there", async () => {
+  const parts = [new TextEncoder().encode(`data: ${JSON.stringify(delta({ content: "half" }))}\n\n`)];
+  const broken = new ReadableStream({ pull: (stream) => (parts.length ? stream.enqueue(parts.pop()) : stream.error(new TypeError("network"))) });
+  const answer = new Answer();
+  await assert.rejects(serving(broken).chat({}, answer, { changed: () => {} }), (error) => error.status === 0 && error.message === "incomplete");
+  assert.equal(answer.last.content, "half");
+});
+
 test("a whole stream in one piece is told once, before its end", async () => {
   const api = serving(`data: ${JSON.stringify(delta({ content: "all" }))}\n\ndata: [DONE]\n\ndata: not JSON\n\n`);
   const told = [];
@@ -105,8 +119,10 @@ async function session(...scripts) {
   };
   const made = new Session(api, new Store(null));
   await made.begin();
-  return { made, requests };
+  return { made, requests, api };
 }
+
+const soon = () => new Promise((resolve) => setTimeout(resolve, 5));
 
 const words = (made) => path(made.current).map(({ message }) => textOf(message));
 
@@ -212,4 +228,145 @@ test("an answer goes on while another conversation is shown, and a deleted one d
   await new Promise((resolve) => setTimeout(resolve, 5));
   assert.deepEqual([...made.conversations.keys()], [made.current.id]);
   assert.deepEqual((await made.store.all()).map((each) => each.id), [made.current.id]);
+});
+
+test("editing or asking again while an answer runs stops it and loses nothing", async () => {
+  const { made } = await session([delta({ content: "half" }), "wait"], [delta({ content: "B" }), "wait"], [delta({ content: "C" })]);
+  const first = made.send("one");
+  await soon();
+  const second = made.edit(path(made.current)[0].id, "two");
+  await soon();
+  assert.deepEqual(words(made), ["two", "B"]);
+  await made.regenerate(path(made.current)[1].id);
+  await Promise.all([first, second]);
+  assert.deepEqual(words(made), ["two", "C"]);
+  await made.choose(path(made.current)[1].id, -1);
+  assert.deepEqual(words(made), ["two", "B"]);
+  await made.choose(path(made.current)[0].id, -1);
+  assert.deepEqual(words(made), ["one", "half"]);
+  assert.equal(path(made.current)[1].message.isStopped, true);
+});
+
+test("versions can be turned over while an answer runs", async () => {
+  const { made } = await session([delta({ content: "A" })], [delta({ content: "half" }), "wait"]);
+  await made.send("one");
+  const running = made.regenerate(path(made.current)[1].id);
+  await soon();
+  await made.choose(path(made.current)[1].id, -1);
+  assert.deepEqual(words(made), ["one", "A"]);
+  made.stop();
+  await running;
+  assert.deepEqual(words(made), ["one", "A"]);
+});
+
+test("an answer is marked as stopped until its end is seen: the page may be closed before", async () => {
+  const { made } = await session([delta({ content: "half" }), "wait"], [delta({ content: "whole" })], [new ApiError(0, "gone")]);
+  const running = made.send("one");
+  await soon();
+  const kept = structuredClone(made.current);
+  assert.deepEqual(path(kept).map(({ message }) => [message.content, message.isStopped]), [["one", undefined], ["half", true]]);
+  made.stop();
+  await running;
+  await made.send("two");
+  assert.equal("isStopped" in path(made.current)[3].message, false);
+  await made.send("three");
+  assert.equal("isStopped" in path(made.current)[5].message, false);
+});
+
+test("what the server says when it is busy or broken is put in words", async () => {
+  const cases = [
+    [new ApiError(429, "busy", { retryAfter: "7" }), "The server is busy. Try again in 7 s."],
+    [new ApiError(429, "busy", { retryAfter: "Wed, 21 Oct 2026 07:28:00 GMT" }), "The server is busy. Try again in a moment."],
+    [new ApiError(429, "busy"), "The server is busy. Try again in a moment."],
+    [new ApiError(502, ""), "The server failed (HTTP 502)."],
+    [new ApiError(500, "x".repeat(9000)), "x".repeat(2000)],
+    [new ApiError(0, "incomplete"), "The connection ended before the answer did."],
+  ];
+  const { made } = await session(...cases.map(([error]) => [error]));
+  for (const [, expected] of cases) {
+    await made.send("one");
+    assert.equal(path(made.current).at(-1).message.error, expected);
+  }
+});
+
+test("the models are asked for again once the server is there", async () => {
+  const { made, api } = await session();
+  made.models = [];
+  const { models } = api;
+  api.models = async () => { throw new ApiError(0, "refused"); };
+  await made.askForModels();
+  api.models = models;
+  await made.send("one");
+  await soon();
+  assert.equal(made.model.id, "m");
+});
+
+test("an answer whose content came from a file in parts goes on as text", async () => {
+  const { made } = await session([delta({ content: "A" }, "length")], [delta({ content: " B" })]);
+  await made.send("one");
+  const { id, message } = path(made.current)[1];
+  message.content = [{ type: "text", text: "A" }];
+  await made.goOn(id);
+  assert.equal(path(made.current)[1].message.content, "A B");
+});
+
+test("a store that fails is told once, and nothing of the conversation is lost meanwhile", async () => {
+  const { made } = await session([delta({ content: "A" })], [delta({ content: "B" })]);
+  const told = [];
+  made.addEventListener("trouble", ({ detail }) => told.push(detail));
+  const put = made.store.put.bind(made.store);
+  made.store.put = async () => { throw Object.assign(new Error("full"), { name: "QuotaExceededError" }); };
+  await made.send("one");
+  await made.send("two");
+  await soon();
+  assert.equal(told.length, 1);
+  assert.match(told[0], /storage is full/);
+  assert.deepEqual(words(made), ["one", "A", "two", "B"]);
+  await assert.rejects(made.add([made.current]), /full/);
+  made.store.put = put;
+  await made.send("three");
+  await soon();
+  assert.equal(path((await made.store.all())[0]).length, 6);
+});
+
+test("a store that cannot be read is told, and the page begins all the same", async () => {
+  const store = new Store(null);
+  store.all = async () => { throw new Error("corrupt"); };
+  const made = new Session({ models: async () => [{ id: "m" }] }, store);
+  const told = [];
+  made.addEventListener("trouble", ({ detail }) => told.push(detail));
+  await made.begin();
+  assert.match(told.join(), /corrupt/);
+  assert.equal(made.model.id, "m");
+});
+
+test("another window's words come in while an answer runs here, and are not lost when it ends", async () => {
+  const { made } = await session([delta({ content: "A" })], [delta({ content: "half" }), "wait"]);
+  await made.send("one");
+  const other = structuredClone(made.current);
+  const running = made.send("mine");
+  await soon();
+  append(other, path(other)[1].id, { role: "user", content: "theirs" });
+  other.title = "Renamed";
+  made.store.get = async () => other;
+  await made._reread(other.id);
+  assert.deepEqual(words(made), ["one", "A", "mine", "half"]);
+  assert.equal(made.current.title, "Renamed");
+  made.stop();
+  await running;
+  assert.deepEqual(versions(made.current, path(made.current)[2].id), { index: 0, count: 2 });
+});
+
+test("words that are being saved are not replaced by what another window saved before", async () => {
+  const { made } = await session([delta({ content: "whole" })]);
+  let stale = null;
+  made.store.put = async ([conversation]) => {
+    stale ??= structuredClone(conversation); // the first time, when the answer begins
+    made.store.get = async () => stale;
+    await made._reread(conversation.id); // another window tells of a change meanwhile
+  };
+  await made.send("one");
+  await soon();
+  assert.deepEqual(words(made), ["one", "whole"]);
+  assert.equal(made._unsaved.size, 0);
 });

@@ -23,7 +23,7 @@ const TAGS = new Set([
   "mrow", "mi", "mo", "mn", "mtext", "mstyle", "mspace", "msup", "msub", "mfrac", "msqrt", "mpadded", "mtable", "mtr", "mtd",
 ]);
 const ATTRIBUTES = new Set([
-  "class", "href", "target", "rel", "title", "src", "alt", "loading", "start", "tabindex", "role", "aria-label", "aria-hidden",
+  "class", "dir", "href", "target", "rel", "title", "src", "alt", "loading", "start", "tabindex", "role", "aria-label", "aria-hidden",
   "data-action", "data-t", "data-aria", "type", "encoding", "display", "displaystyle", "scriptlevel", "mathcolor", "mathvariant",
   "width", "height", "viewBox", "preserveAspectRatio", "d", "stretchy", "fence", "lspace", "rspace", "separator", "voffset",
   "mathbackground", "columnalign", "rowspacing", "columnspacing", "x1", "x2", "y1", "y2", "stroke-width", "minsize", "maxsize",
@@ -88,7 +88,14 @@ test("Markdown becomes what it says", () => {
     ["a**b**c ** d **", "<p>a<strong>b</strong>c ** d **</p>"],
     ["2 * 3 * 4", "<p>2 * 3 * 4</p>"],
   ];
-  for (const [source, expected] of cases) assert.equal(written(rendered(source)), expected, source);
+  for (const [source, expected] of cases) assert.equal(written(rendered(source)).replaceAll(' dir="auto"', ""), expected, source);
+});
+
+test("each block runs in the direction of its own words, and code from left to right", () => {
+  const box = rendered("# a\n\nb\n\n- c\n\n1. d\n\n> e\n\n| f |\n|---|\n| g |\n\n```\nh\n```\n");
+  const found = elements(box).filter((each) => each.attributes.has("dir")).map((each) => [each.tag, each.attributes.get("dir")]);
+  const blocks = ["h3", "p", "ul", "ol", "blockquote", "table"].map((tag) => [tag, "auto"]);
+  assert.deepEqual(found, [...blocks, ["pre", "ltr"]]); // no block within another: it would not count for the outer one
 });
 
 test("a picture of another host is a link, and nothing is loaded", () => {
@@ -257,5 +264,5 @@ test("only the last block is made anew", () => {
   assert.deepEqual(told, ["one", "two"]);
   streamed.finish("one\n\ntwo\n\nthree");
   assert.deepEqual(told, ["one", "two", "three"]);
-  assert.equal(written(box), "<p>one</p><p>two</p><p>three</p>");
+  assert.equal(written(box), ["one", "two", "three"].map((word) => `<p dir="auto">${word}</p>`).join(""));
 });

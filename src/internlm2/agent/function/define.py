@@ -64,8 +64,13 @@ def _make(
     own_name = name or (function.__name__ if inspect.isroutine(function) else "")
     if not own_name:
         raise ToolDefinitionError(f"{function!r} has no name of its own. Give one: tool(name=...).")
-    fields, rest = _fields(function, own_name)
-    spoken = docstring_parser.parse(inspect.getdoc(function) or "")
+    written, bound = _written(function)
+    if inspect.isgeneratorfunction(written) or inspect.isasyncgenfunction(written):
+        raise ToolDefinitionError(
+            f"{own_name} yields its results one by one. A tool returns all at once, such as a list."
+        )
+    fields, rest = _fields(function, own_name, written, bound)
+    spoken = docstring_parser.parse(inspect.getdoc(written) or "")
     words = [part.strip() for part in (spoken.short_description, spoken.long_description) if part]
 
     def run(arguments: Arguments) -> ToolResult | Awaitable[ToolResult]:
@@ -81,14 +86,29 @@ def _make(
     )
 
 
-def _fields(function: Callable[..., object], name: str) -> tuple[list[Field], Kind | None]:
+def _written(function: Callable[..., object]) -> tuple[Callable[..., object], set[str]]:
+    """The function whose annotations count, and the arguments that `partial` has bound by name: no model sees those."""
+    bound: set[str] = set()
+    while isinstance(function, partial):
+        bound |= set(function.keywords)
+        function = function.func
+    if inspect.isroutine(function) or isinstance(function, type):
+        return function, bound
+    return type(function).__call__, bound
+
+
+def _fields(
+    function: Callable[..., object], name: str, written: Callable[..., object], bound: set[str]
+) -> tuple[list[Field], Kind | None]:
     """The arguments of a function, and the kind of `**others` if it takes some."""
-    hints = hints_of(function, name)
-    spoken = docstring_parser.parse(inspect.getdoc(function) or "")
+    hints = hints_of(written, name)
+    spoken = docstring_parser.parse(inspect.getdoc(written) or "")
     words = {each.arg_name: each.description for each in spoken.params if each.description}
     fields: list[Field] = []
     rest: Kind | None = None
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in bound:
+            continue
         where = f"{name}({parameter.name})"
         if parameter.name not in hints:
             raise ToolDefinitionError(f"{where} has no type. Annotate it, such as {parameter.name}: str.")

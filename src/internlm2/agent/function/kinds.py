@@ -15,6 +15,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin
 
+from internlm2.agent.function.models import is_pydantic, reader_of, schema_of
 from internlm2.agent.tool_type import ToolDefinitionError, ToolError
 from internlm2.config import suggest
 
@@ -51,12 +52,12 @@ def kind_of(annotation: object, where: str, open_types: tuple[object, ...] = ())
     if annotation is Any or annotation is object:
         return Kind({}, lambda value, _: value)
     if origin is Literal:
-        return _choice([(value, value) for value in arguments])
+        return _choice([(value, value) for value in arguments], where)
     kind = _container(annotation, where, open_types)
     if kind is None:
         raise ToolDefinitionError(
             f"{where} has the type {annotation!r}, which tools cannot describe. Use str, int, float, bool, list, dict, "
-            "Literal, Optional, an Enum, a dataclass or a TypedDict of these."
+            "Literal, Optional, an Enum, a dataclass, a TypedDict or a pydantic model of these."
         )
     return kind
 
@@ -67,12 +68,16 @@ def _container(annotation: object, where: str, open_types: tuple[object, ...]) -
     if annotation in open_types:
         raise ToolDefinitionError(f"{where}: {annotation!r} holds itself, which tools cannot describe.")
     kind: Kind | None = None
-    if origin in (Union, types.UnionType):
+    if isinstance(annotation, typing.NewType):
+        kind = kind_of(annotation.__supertype__, where, open_types)
+    elif origin in (Union, types.UnionType):
         kind = _union([kind_of(each, where, open_types) for each in arguments])
     elif isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        kind = _choice([(each.value, each) for each in annotation])
+        kind = _choice([(each.value, each) for each in annotation], where)
     elif _is_typeddict(annotation) or (isinstance(annotation, type) and dataclasses.is_dataclass(annotation)):
         kind = _class(annotation, where, (*open_types, annotation))
+    elif is_pydantic(annotation):
+        kind = Kind(schema_of(annotation, where), reader_of(annotation))
     elif origin is tuple or annotation is tuple:
         kind = _tuple(arguments or (Any, ...), where, open_types)
     elif origin in _LISTS or annotation in _LISTS:
@@ -194,9 +199,14 @@ _PLAIN: dict[object, Kind] = {
 }
 
 
-def _choice(pairs: Sequence[tuple[object, object]]) -> Kind:
+def _choice(pairs: Sequence[tuple[object, object]], where: str) -> Kind:
     """One of some values, each with what it means in Python."""
     values = [value for value, _ in pairs]
+    for value in values:
+        if not (value is None or type(value) in (str, bool, int, float)):
+            raise ToolDefinitionError(
+                f"{where} has the choice {value!r:.80}, which JSON cannot write. Use texts, numbers, true and false."
+            )
     allowed = "one of " + ", ".join(map(repr, values))
 
     def read(value: object, where: str) -> object:
@@ -314,12 +324,23 @@ def _class(cls: object, where: str, open_types: tuple[object, ...]) -> Kind:
 
 
 def with_default(kind: Kind, default: object) -> Kind:
-    """The kind with its default in the schema, where JSON can write it."""
+    """The kind with its default in the schema, where JSON can write it. One with the default None also takes null."""
     value = default.value if isinstance(default, enum.Enum) else default
+    if value is None and not _takes_null(kind):
+        bare = {key: part for key, part in kind.schema.items() if key != "description"}
+        kind = described(_union([Kind(bare, kind.read), _PLAIN[None]]), [kind.schema.get("description")])
     if value is None or isinstance(value, str | bool | int | float):
         is_number = not isinstance(value, float) or math.isfinite(value)
         return Kind({**kind.schema, "default": value}, kind.read) if is_number else kind
     return kind
+
+
+def _takes_null(kind: Kind) -> bool:
+    try:
+        kind.read(None, "")
+    except ToolError:
+        return False
+    return True
 
 
 def hints_of(subject: object, where: str) -> dict[str, object]:

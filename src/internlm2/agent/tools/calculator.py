@@ -19,8 +19,9 @@ MAX_BITS = 8192  # of a number, or of either half of a fraction: 2466 digits
 _MAX_DEPTH = 60
 _DIGITS = 15
 _EXACT_CHARS = 60
+_WIDE = {chr(0xFF01 + n): chr(0x21 + n) for n in range(94)}  # as Chinese input methods write digits and signs
 _SIGNS = str.maketrans(
-    {"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "（": "(", "）": ")", "，": ",", "^": "**"}
+    {**_WIDE, "×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**", chr(0xFF3E): "**"}
 )
 
 Number = int | Fraction | float
@@ -105,9 +106,11 @@ def _value(node: ast.expr, depth: int) -> Number:
     if isinstance(node, ast.Tuple):
         raise ToolError("Write numbers without separators between thousands: 1234567.")
     known = ", ".join([*sorted(_CONSTANTS), *sorted(_FUNCTIONS)])
-    raise ToolError(
-        f"{ast.unparse(node)!r:.60} is not known here. There are numbers, + - * / // % ^ ( ), and: {known}."
-    )
+    try:
+        shown = ast.unparse(node)
+    except RecursionError:
+        shown = "This"
+    raise ToolError(f"{shown!r:.60} is not known here. There are numbers, + - * / // % ^ ( ), and: {known}.")
 
 
 def _constant(value: object) -> Number:

@@ -73,6 +73,8 @@ class FolderReader:
         )
         if len(chosen) == len(lines):
             return shown or "(empty file)"
+        if not chosen:
+            raise ToolError(f"{path!r:.200} has {len(lines)} lines, so it has none from {first_line} on.")
         last = first_line - 1 + len(chosen)
         return f"{shown}\n[lines {first_line} to {last} of {len(lines)}]".lstrip("\n")
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from internlm2.engine.compute.attend import make_attend, table_of
 from internlm2.engine.compute.batch import Batch
+from internlm2.engine.compute.gpu_layers import gpu_steps
 from internlm2.engine.compute.packed_layers import packed_layers
 from internlm2.engine.compute.page_cache import PageCache
 from internlm2.engine.schedule.pages import Move
@@ -50,6 +51,7 @@ class Runner:
         self.adapters = adapters
         self._is_deterministic = is_deterministic
         self._packed = None if cache.pages is None else packed_layers(model)
+        self._gpu = None if is_deterministic else gpu_steps(model, cache, is_adapted=adapters is not None)
         if is_deterministic:
             fix_rows(model)
 
@@ -69,6 +71,8 @@ class Runner:
             self.adapters.select(batch.adapters)
         if self._packed is not None and self.cache.pages is not None:
             return self._packed.forward(batch, self.cache.pages, table_of(batch, self.cache.pages))
+        if self._gpu is not None:
+            return self._gpu.forward(batch)
         num_rows = len(batch.input_ids)
         padding = (0, -num_rows % FIXED_ROWS) if self._is_deterministic else (0, 0)
         ids, positions, limits = (F.pad(x, padding) for x in (batch.input_ids, batch.positions, batch.limits))

@@ -33,7 +33,8 @@ class Sequence:
     length_limit does. priority: higher goes first. logits_from: the first position whose logits are wanted; what
     lies before may come from the cache. namespace: only sequences of one namespace share pages (adapter, rotary
     base). num_computed: tokens whose keys and values are in pages. trail: while it waits, what of its prompt the
-    prefix tree is known to hold.
+    prefix tree is known to hold. alternatives: ids that may each stand behind the prompt; their log-probabilities are
+    read off its last position, behind those of the prompt.
     """
 
     sequence_id: int
@@ -42,6 +43,7 @@ class Sequence:
     task: Task = Task.GENERATE
     priority: int = 0
     logits_from: int | None = None
+    alternatives: tuple[int, ...] = ()
     length_limit: int | None = None
     adapter: str | None = None
     namespace: object = None

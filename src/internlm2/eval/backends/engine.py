@@ -5,7 +5,7 @@ Labels are asked in one pass each over what they do not share: the pages of the 
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,19 +16,24 @@ from internlm2.engine.sampling.params import SamplingParams
 from internlm2.errors import RequestError
 from internlm2.eval.model import Answer, Fitted, Prompt, Request, compare_labels, fit, num_common
 from internlm2.eval.task import ChatPrompt
+from internlm2.tokenizer import Tokenizer
 
 WINDOW = (
     256  # questions in the engine at a time: several times what it runs at once, so that it never starves
 )
+WINDOW_TOKENS = (
+    1 << 21
+)  # and so many tokens of prompts, 75 MB of ids: 256 prompts of 200,000 would fill 1.8 GB
 _BLOCK_BYTES = 1 << 20
 _NUM_BLOCKS = 16
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question that the engine has. read: its answer, once all tickets are done."""
+    """A question that the engine has. num_tokens: of its prompts. read: its answer, once all tickets are done."""
 
     request: Request
+    num_tokens: int
     tickets: list[Ticket]
     read: Callable[[], Answer]
 
@@ -64,7 +69,7 @@ class _Asking:
     def fill(self) -> None:
         """Ask until the window is full. What comes of it lies in `found`: None is the end."""
         try:
-            while self._waiting is not None and len(self._open) < WINDOW and not self.is_left:
+            while self._waiting is not None and self._has_room and not self.is_left:
                 request = next(self._waiting, None)
                 if request is None:
                     self._waiting = None
@@ -76,6 +81,11 @@ class _Asking:
             return
         if self._waiting is None and not self._open:
             self.found.put(None)
+
+    @property
+    def _has_room(self) -> bool:
+        num_tokens = sum(one.num_tokens for one in self._open)
+        return len(self._open) < WINDOW and num_tokens < WINDOW_TOKENS
 
     def _take(self, request: Request) -> None:
         try:
@@ -122,9 +132,7 @@ class EngineModel:
     ) -> None:
         self._llm = llm
         self._adapter = adapter
-        # The card's chats have no system message, not even the one that a model's own template would put.
-        self._tokenizer = copy.copy(llm.tokenizer)
-        self._tokenizer.default_system = None
+        self._tokenizer = without_system(llm.tokenizer)
         self.description: Mapping[str, str] = {"name": name, **(settings or {})}
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
@@ -145,12 +153,8 @@ class EngineModel:
                 frontend.abort(ticket)
 
     def encode(self, prompt: Prompt, label: str = "") -> list[int]:
-        """The ids of a whole prompt: the start id first; control tokens of a chat only around its turns."""
-        if isinstance(prompt, ChatPrompt):
-            assert not label, "labels are compared behind plain text only"
-            # NOTE: OpenCompass encodes the text between two control tokens as one, also in its examples.
-            return self._tokenizer.apply_chat(prompt.messages, whole_turns=True)
-        return self._tokenizer.encode(prompt.text + label, bos=True)
+        """See `encode_prompt`."""
+        return encode_prompt(self._tokenizer, prompt, label)
 
     def _ask(self, request: Request, on_mail: Callable[[], None]) -> _Asked:
         num_start = 0 if self._tokenizer.bos_id is None else 1
@@ -175,13 +179,11 @@ class EngineModel:
                 cut_tokens=fitted.cut_tokens,
             )
 
-        return _Asked(request, job.tickets, read)
+        return _Asked(request, sum(map(len, fitted.token_ids)), job.tickets, read)
 
     def _compare(self, request: Request, fitted: Fitted, on_mail: Callable[[], None]) -> _Asked:
         texts = fitted.token_ids
-        is_even = len({len(ids) for ids in texts}) == 1
-        # At least one id is scored and one stands before it; texts of different lengths are scored whole.
-        start = max(1, min(num_common(texts), len(texts[0]) - 1)) if is_even else 1
+        start = scored_from(texts)
         job = self._llm.begin_score(
             [ids[:start] for ids in texts],
             [ids[start:] for ids in texts],
@@ -198,7 +200,33 @@ class EngineModel:
                 cut_tokens=fitted.cut_tokens,
             )
 
-        return _Asked(request, job.tickets, read)
+        return _Asked(request, sum(map(len, texts)), job.tickets, read)
+
+
+def without_system(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer whose chats have no system message, as on the card, not even the one of a model's own template."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.default_system = None
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, label: str = "") -> list[int]:
+    """The ids of a whole prompt: the start id first; control tokens of a chat only around its turns."""
+    if isinstance(prompt, ChatPrompt):
+        assert not label, "labels are compared behind plain text only"
+        # NOTE: OpenCompass encodes the text between two control tokens as one, also in its examples.
+        return tokenizer.apply_chat(prompt.messages, whole_turns=True)
+    return tokenizer.encode(prompt.text + label, bos=True)
+
+
+def scored_from(texts: Sequence[Sequence[int]]) -> int:
+    """From which id on the texts of a question's labels are scored: where they part, if they are equally long.
+
+    At least one id is scored and one stands before it; texts of different lengths are scored whole.
+    """
+    if len({len(ids) for ids in texts}) > 1:
+        return 1
+    return max(1, min(num_common(texts), len(texts[0]) - 1))
 
 
 def fingerprint(path: Path) -> str:

@@ -148,7 +148,7 @@ def _facts(results: Results) -> str:
         *((f"model {name}", value) for name, value in results.model.items()),
         ("profile", results.profile),
         ("mode", "chat" if results.is_chat else "base"),
-        ("questions", "all" if results.limit is None else f"at most {results.limit} of each subset"),
+        ("questions", results.which if results.limit is None else f"at most {results.which}"),
         ("seed", results.seed),
         ("answers ended early", "yes" if results.early_stop else "no"),
         *((f"version of {name}", value) for name, value in results.versions.items()),

@@ -6,6 +6,7 @@
 // case, so that neither the number of threads nor the rest of the batch changes a bit.
 #include <atomic>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "layout.h"
@@ -43,10 +44,13 @@ struct Job {
     const Kernels& kernels;
     std::vector<Task> tasks;
     std::vector<Cut> cuts;
+    std::vector<std::pair<size_t, int64_t>> cut_heads;  // every cut with each of its heads
     std::atomic<bool> is_out_of_memory{false};
 };
 
 constexpr int64_t SMALLEST_PIECE = 128 * 1024;  // bytes of keys and values that are worth another thread
+
+constexpr int64_t SMALLEST_JOIN = 32 * 1024;     // floats of sums that are worth another thread
 
 int64_t element_bytes(int32_t element) { return element == ELEMENT_F32 ? 4 : element == ELEMENT_BF16 ? 2 : 1; }
 
@@ -59,21 +63,23 @@ State state_at(float* memory, int64_t num_queries, int64_t head_dim) {
 
 bool make_workspace(int64_t num_queries, int64_t num_heads, int64_t head_dim, Workspace& out) {
     thread_local Scratch scratch;
-    const int64_t dim = padded_dim(head_dim), state = state_floats(num_queries * num_heads, head_dim);
-    const int64_t sizes[] = {num_queries * num_heads * dim, BLOCK_KEYS * dim, num_queries * BLOCK_KEYS, 16 * dim,
-                             num_queries,                   state,            state};
+    const int64_t all = num_queries * num_heads, dim = padded_dim(head_dim), state = state_floats(all, head_dim);
+    const int64_t sizes[] = {all * query_words_limit(head_dim), BLOCK_KEYS * dim, BLOCK_KEYS * dim, all * BLOCK_KEYS,
+                             16 * dim, all, all, all * dim, state, state};
+    constexpr int COUNT = sizeof sizes / sizeof *sizes;
     int64_t total = 0;
     for (const int64_t size : sizes) total += (size + 15) / 16 * 16;
     auto* memory = static_cast<int32_t*>(scratch.take(size_t(total) * 4));
     if (memory == nullptr) return false;
-    int32_t* parts[7];
-    for (int i = 0; i < 7; ++i) {
+    int32_t* parts[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
         parts[i] = memory;
         memory += (sizes[i] + 15) / 16 * 16;
     }
-    out = {parts[0], parts[1], parts[2], parts[3], reinterpret_cast<float*>(parts[4]),
-           state_at(reinterpret_cast<float*>(parts[5]), num_queries * num_heads, head_dim),
-           state_at(reinterpret_cast<float*>(parts[6]), num_queries * num_heads, head_dim)};
+    const auto floats = [&](int i) { return reinterpret_cast<float*>(parts[i]); };
+    out = {parts[0],  parts[1],  parts[2],  parts[3],
+           parts[4],  floats(5), floats(6), floats(7),
+           state_at(floats(8), all, head_dim), state_at(floats(9), all, head_dim)};
     return true;
 }
 
@@ -117,18 +123,35 @@ void run_task(void* context, int64_t index) {
     if (task.parts == nullptr) job.kernels.finish(queries, work.whole, head_dim);
 }
 
+// One head of a tile, and its part of the sums.
+Queries head_of(const Queries& queries, int64_t head, int64_t head_dim) {
+    Queries one = queries;
+    one.num_heads = 1;
+    one.out += head * queries.group * head_dim * element_bytes(queries.element);
+    return one;
+}
+
+State head_of(const State& state, int64_t first, int64_t head_dim) {
+    return {state.sum + first * padded_dim(head_dim), state.most + first, state.total + first};
+}
+
+// Joins the ranges of one head of a tile that was cut.
 void run_cut(void* context, int64_t index) {
     const auto& job = *static_cast<Job*>(context);
-    const Cut& cut = job.cuts[size_t(index)];
+    const auto [cut_index, head] = job.cut_heads[size_t(index)];
+    const Cut& cut = job.cuts[cut_index];
     const Task& task = job.tasks[size_t(cut.task)];
     const int64_t num_queries = num_queries_of(task.queries), head_dim = task.places.head_dim;
-    const int64_t size = state_floats(num_queries, head_dim);
-    const State whole = state_at(cut.parts, num_queries, head_dim);
+    const int64_t size = state_floats(num_queries, head_dim), first = head * task.queries.num_rows * task.queries.group;
+    const Queries queries = head_of(task.queries, head, head_dim);
+    const auto range_state = [&](int64_t range) {
+        return head_of(state_at(cut.parts + range * size, num_queries, head_dim), first, head_dim);
+    };
+    const State whole = range_state(0);
     for (int64_t range = 1; range < cut.num_ranges; ++range) {
-        const State part = state_at(cut.parts + range * size, num_queries, head_dim);
-        join(job.kernels, task.queries, whole, part, range, head_dim);
+        join(job.kernels, queries, whole, range_state(range), range, head_dim);
     }
-    job.kernels.finish(task.queries, whole, head_dim);
+    job.kernels.finish(queries, whole, head_dim);
 }
 
 Places places_of(const Call& call, const int64_t* span, int64_t head) {
@@ -195,6 +218,7 @@ int64_t cut_tiles(const std::vector<Task>& tiles, int64_t share, Job& job) {
             job.tasks.push_back(tile);
             continue;
         }
+        for (int64_t head = 0; head < tile.queries.num_heads; ++head) job.cut_heads.emplace_back(job.cuts.size(), head);
         job.cuts.push_back({int64_t(job.tasks.size()), tile.end, nullptr});
         needed += tile.end * state_floats(num_queries, tile.places.head_dim);
         for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -221,24 +245,24 @@ void place_parts(Job& job, float* memory) {
 
 int32_t attend(const Call& call, int64_t num_spans, int32_t num_threads) {
     thread_local Scratch scratch;
-    Job job{call.kernels, {}, {}};
+    Job job{call.kernels, {}, {}, {}};
     std::vector<Task> tiles;
     add_tiles(call, num_spans, tiles);
-    int64_t total = 0;
+    int64_t total = 0, needed = 0;
     for (const Task& tile : tiles) total += cost_of(tile);
     if (total < 2 * SMALLEST_PIECE || num_threads <= 1) {
         num_threads = 1;
         job.tasks = std::move(tiles);
     } else {
         const int64_t share = total / (4 * num_threads);
-        const int64_t needed = cut_tiles(tiles, share < SMALLEST_PIECE ? SMALLEST_PIECE : share, job);
+        needed = cut_tiles(tiles, share < SMALLEST_PIECE ? SMALLEST_PIECE : share, job);
         auto* memory = static_cast<float*>(scratch.take(size_t(needed + 1) * 4));
         if (memory == nullptr) return 1;
         place_parts(job, memory);
     }
     run_chunks(int64_t(job.tasks.size()), num_threads, run_task, &job);
     if (job.is_out_of_memory) return 1;
-    run_chunks(int64_t(job.cuts.size()), 1, run_cut, &job);
+    run_chunks(int64_t(job.cut_heads.size()), needed < SMALLEST_JOIN ? 1 : num_threads, run_cut, &job);
     return 0;
 }
 

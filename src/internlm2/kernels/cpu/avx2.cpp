@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t AHEAD = 4096;  // as in avx512.cpp
 constexpr int TILE = 3;          // activation rows at a time: 6 sums, their registers for products, the weights
 
-inline __m256i load(const uint8_t* data) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(data)); }
+inline __m256i load(const uint8_t* data) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)); }
 
 inline __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 
@@ -49,26 +49,31 @@ inline __m256i dot_nibbles(__m256i w, __m256i x) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
 }
 
-inline __m256 load_scales(const uint16_t* scales) {
+inline __m256 load_scales(const uint8_t* scales) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-// What is taken from the whole numbers of one register: the zero of each row times the sum of the activations.
-inline __m256 without_zero(const Weight& weight, int64_t at, __m256i whole, float shift) {
+// The whole numbers of one register less the zero of each row times the sum of the activations. zeros: of its rows.
+inline __m256 without_zero(const Weight& weight, const uint8_t* zeros, __m256i whole, float shift) {
     const __m256 value = _mm256_cvtepi32_ps(whole);
     if (weight.kind == INT8) return value;
-    if (weight.zeros == nullptr) return _mm256_sub_ps(value, _mm256_set1_ps(shift));
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight.zeros + at));
+    if (!weight.has_zeros) return _mm256_sub_ps(value, _mm256_set1_ps(shift));
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros));
     return _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_set1_ps(shift), value);
 }
 
+// half_index: 0 or 1, the first or last 16 rows of the block.
 template <int M, bool IS_INT4>
-void half_integer(const Weight& weight, const uint8_t* data, const Tile& x, int64_t at, float* out) {
+void half_integer(const Weight& weight, const uint8_t* block, const Tile& x, int64_t half_index, float* out) {
     const int64_t steps = weight.group / (IS_INT4 ? 8 : 4);  // of a group
     const int32_t* words = x.words;
     const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(int8_t(0x80));
-    for (int64_t g = 0; g < x.num_groups; ++g, at += BLOCK_ROWS) {
+    for (int64_t g = 0; g < x.num_groups; ++g) {
+        const uint8_t* data = block + 64 * half_index;
+        const uint8_t* scales = block + word_bytes(weight) + SCALE_BYTES / 2 * half_index;
+        const uint8_t* zeros = block + word_bytes(weight) + SCALE_BYTES + HALF_ROWS * half_index;
+        block += word_bytes(weight) + SCALE_BYTES + (weight.has_zeros ? BLOCK_ROWS : 0);
         __m256i sums[M][2];
         for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
         for (int64_t step = 0; step < steps; ++step, data += 128, words += (IS_INT4 ? 2 : 1) * x.stride) {
@@ -92,8 +97,8 @@ void half_integer(const Weight& weight, const uint8_t* data, const Tile& x, int6
             const int64_t index = g * x.stride + m;
             for (int half = 0; half < 2; ++half) {
                 float* target = out + 32 * m + 8 * half;
-                const __m256 value = without_zero(weight, at + 8 * half, sums[m][half], x.shift[index]);
-                const __m256 scale = _mm256_mul_ps(load_scales(weight.scales + at + 8 * half),
+                const __m256 value = without_zero(weight, zeros + 8 * half, sums[m][half], x.shift[index]);
+                const __m256 scale = _mm256_mul_ps(load_scales(scales + 16 * half),
                                                    _mm256_set1_ps(x.scale[index]));
                 const __m256 before = g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(target);
                 _mm256_storeu_ps(target, _mm256_fmadd_ps(value, scale, before));
@@ -105,15 +110,14 @@ void half_integer(const Weight& weight, const uint8_t* data, const Tile& x, int6
 template <int M>
 void tile_of(const Weight& weight, const Tile& x, int64_t block, float* out) {
     for (int64_t half = 0; half < 2; ++half) {
-        const uint8_t* data = weight.data + block * block_bytes(weight) + 64 * half;
-        const int64_t at = block * x.num_groups * BLOCK_ROWS + 16 * half;
+        const uint8_t* data = weight.data + block * block_bytes(weight);
         float* target = out + 16 * half;
         if (weight.kind == BFLOAT16) {
-            half_bf16<M>(data, x, target);
+            half_bf16<M>(data + 64 * half, x, target);
         } else if (weight.kind == INT8) {
-            half_integer<M, false>(weight, data, x, at, target);
+            half_integer<M, false>(weight, data, x, half, target);
         } else {
-            half_integer<M, true>(weight, data, x, at, target);
+            half_integer<M, true>(weight, data, x, half, target);
         }
     }
 }
@@ -142,21 +146,6 @@ uint64_t read(const uint8_t* data, int64_t num_bytes) {
     const __m256i all = _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), all);
     return parts[0] + parts[1] + parts[2] + parts[3];
-}
-
-// Key i goes with key i + 4 first, so that all are in order in the end.
-inline Vector fold(const Vector* x) {
-    __m256 pairs[4], fours[2];
-    for (int i = 0; i < 4; ++i) {  // keys i and i + 4
-        const auto a = __m256(x[i]), b = __m256(x[i + 4]);
-        pairs[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-    }
-    for (int i = 0; i < 2; ++i) {
-        const __m256 a = pairs[2 * i], b = pairs[2 * i + 1];
-        fours[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
-    }
-    return Vector(
-        _mm256_add_ps(_mm256_shuffle_ps(fours[0], fours[1], 0x88), _mm256_shuffle_ps(fours[0], fours[1], 0xdd)));
 }
 
 }  // namespace

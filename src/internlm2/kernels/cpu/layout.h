@@ -10,28 +10,42 @@
 constexpr int64_t BLOCK_ROWS = 32;   // output rows of a block: two registers of 16 words with AVX-512
 constexpr int64_t HALF_ROWS = 16;    // a gated block holds 16 rows of w1, then the same 16 rows of w3
 constexpr int MAX_TILE = 12;         // activation rows that share one reading of a block: 24 of 32 registers
+constexpr int MAX_INTEGER_TILE = 8;  // of int8 and int4, which need registers for sums in float32 too
 constexpr int64_t COLUMN_MULTIPLE = 32;  // columns are padded with zeros to a multiple of this, or of the group
 
 enum Kind : int32_t { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
 enum Element : int32_t { ELEMENT_BF16 = 0, ELEMENT_F32 = 1, ELEMENT_INT8 = 2 };
 enum Level : int32_t { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 
-// Mirrored by `_CWeight` in library.py. data holds, per block and word (k of the padded columns):
+// Mirrored by `CWeight` in library.py. data holds, per block and word (k of the padded columns):
 //   bf16: columns 2w, 2w+1.   int8: columns 4w .. 4w+3, each the weight + 128.
 //   int4: columns 8w .. 8w+3 in the low nibbles, 8w+4 .. 8w+7 in the high ones.
+// Behind the words of each group of columns lie its scales, 32 of bf16, and then, if there are any, its zeros, 32 bytes
+// in sixteenths. Without them the zero of int8 is 128, of int4 8. Scales in a place of their own would be a second
+// stream: for one row, that costs a quarter of the speed.
 struct Weight {
     const uint8_t* data;
-    const uint16_t* scales;  // bf16 [block][group][32]; null for bf16 weights
-    const uint8_t* zeros;    // [block][group][32], in sixteenths; null: the zero of int8 is 128, of int4 8
     const float* bias;       // [rows] or null
     int64_t rows;            // of the output: half of the stored ones when gated
     int64_t columns;         // as the activations have them, before padding
     int64_t padded_columns;
-    int64_t group;           // columns that share a scale
+    int64_t group;           // columns that share a scale; 0 for bf16
     int32_t kind;
     int32_t is_gated;        // output = silu(w1 x) * (w3 x)
     int32_t num_parts;       // 1: activations of 8 bits; 2: of 15 bits, as a high and a low row of 8 bits each
+    int32_t has_zeros;
+    int32_t uses_hadamard;   // activations are turned as the weights were: 32 columns at a time, by a Hadamard matrix
 };
+
+constexpr int64_t SCALE_BYTES = 2 * BLOCK_ROWS;  // of one group
+
+// The words of one group, without its scales and zeros.
+inline int64_t word_bytes(const Weight& w) { return BLOCK_ROWS * w.group / (w.kind == INT4 ? 2 : 1); }
+
+inline int64_t block_bytes(const Weight& w) {
+    if (w.kind == BFLOAT16) return BLOCK_ROWS * w.padded_columns * 2;
+    return w.padded_columns / w.group * (word_bytes(w) + SCALE_BYTES + (w.has_zeros ? BLOCK_ROWS : 0));
+}
 
 // Activations, rounded and interleaved as the weights are: rows are cut into tiles, and the words of a tile's rows lie
 // beside each other. So a tile is one stream too, and rows a power of two apart do not push each other out of a cache.
@@ -43,7 +57,7 @@ struct Activations {
     int64_t num_rows;   // parts counted
     int64_t num_words;  // of a row
     int64_t num_groups;
-    int64_t tile_rows;  // <= MAX_TILE, no row's parts in two tiles; the last tile may have fewer
+    int64_t tile_rows;  // at most MAX_TILE or MAX_INTEGER_TILE, no row's parts in two tiles; the last tile may have fewer
 };
 
 // Some rows of one tile. stride: the rows of the tile.
@@ -110,8 +124,8 @@ struct State {
 
 // Memory of one thread for one tile of queries.
 struct Workspace {
-    int32_t *queries, *values, *scores, *rows;
-    float* factors;
+    int32_t *queries, *keys, *values, *scores, *rows;
+    float *factors, *weight_scales, *sums;
     State part, whole;
 };
 
@@ -122,6 +136,9 @@ constexpr int64_t MAX_QUERIES = 128;  // of a head, in a tile
 constexpr int64_t MAX_SHARED_QUERIES = 256;  // of all heads, when one task takes all heads of a row
 
 inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// Words of a packed query at most, in whatever form.
+inline int64_t query_words_limit(int64_t head_dim) { return padded_dim(head_dim) + 48; }
 
 // One instruction level.
 struct Kernels {
@@ -175,8 +192,3 @@ extern const Kernels scalar_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
-
-inline int64_t block_bytes(const Weight& w) {
-    const int64_t bits = w.kind == BFLOAT16 ? 16 : w.kind == INT8 ? 8 : 4;
-    return BLOCK_ROWS * w.padded_columns * bits / 8;
-}

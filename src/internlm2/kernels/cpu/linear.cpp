@@ -81,15 +81,22 @@ void multiply(void* context, int64_t chunk) {
         const float* bias = w.bias == nullptr ? nullptr : w.bias + column;
         for (int64_t first = 0; first < call.activations.num_rows; first += tile_rows) {
             const Tile tile = tile_at(call.activations, first / tile_rows);
+            const auto place = [&](int64_t m) {  // of the outputs of a row of the tile
+                const int64_t row = (first + m) / w.num_parts;
+                return call.out + (row * call.out_stride + column) * size_of(call.out_element);
+            };
+            // The lines of the outputs, each in a row of its own, come while the products are formed.
+            for (int64_t m = 0; m < tile.stride; m += w.num_parts) {
+                __builtin_prefetch(place(m), 1);
+                __builtin_prefetch(place(m) + 64, 1);
+            }
             call.kernels.tile(w, tile, block, int(tile.stride), values);
             for (int64_t m = 0; m < tile.stride; m += w.num_parts) {
                 float* sums = values + m * BLOCK_ROWS;
                 if (w.num_parts == 2) {
                     for (int64_t i = 0; i < BLOCK_ROWS; ++i) sums[i] += sums[BLOCK_ROWS + i];
                 }
-                const int64_t row = (first + m) / w.num_parts;
-                uint8_t* out = call.out + (row * call.out_stride + column) * size_of(call.out_element);
-                call.kernels.store(sums, bias, w.is_gated, count, call.out_element, out);
+                call.kernels.store(sums, bias, w.is_gated, count, call.out_element, place(m));
             }
         }
     }
@@ -98,7 +105,7 @@ void multiply(void* context, int64_t chunk) {
 // Handing work to another thread costs microseconds: not for what one thread reads in ten.
 constexpr int64_t WORTH_SHARING_BYTES = 256 * 1024;
 
-// Small enough that the last chunk is short, large enough that the memory streams.
+// Small enough that the last chunk is short, large enough that taking it costs nothing.
 int64_t choose_blocks_per_chunk(const Weight& w, int64_t num_blocks, int num_threads) {
     const int64_t wanted = 64 * 1024 / block_bytes(w);
     const int64_t most = num_blocks / (4 * num_threads);
@@ -153,7 +160,8 @@ EXPORTED int32_t internlm2_linear(const Weight* weight, const void* x, int32_t x
     if (memory == nullptr) return 1;
     auto* scale = reinterpret_cast<float*>(memory + parts * words);
     auto* shift = scale + parts * groups;
-    const int64_t num_tiles = (parts + MAX_TILE - 1) / MAX_TILE;
+    const int64_t most = w.kind == BFLOAT16 ? MAX_TILE : MAX_INTEGER_TILE;
+    const int64_t num_tiles = (parts + most - 1) / most;
     const int64_t tile_rows = num_tiles == 0 ? 1 : (num_rows + num_tiles - 1) / num_tiles * w.num_parts;
     const int64_t num_blocks = (stored + BLOCK_ROWS - 1) / BLOCK_ROWS;
     Call call{w, current_kernels(), static_cast<const uint8_t*>(x), static_cast<uint8_t*>(out), num_rows,

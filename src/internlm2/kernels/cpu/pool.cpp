@@ -31,8 +31,35 @@ inline void pause() {
 #endif
 }
 
+// A share is a range of chunks that one thread takes from the front, so that it reads the memory as one stream; whoever
+// has done its own share takes from the back of another's. The job's number is part of the word, so that a late worker
+// cannot take a chunk of one job believing it to be of another.
+struct Share {
+    static constexpr int BITS = 20;
+    static constexpr uint64_t MASK = (uint64_t(1) << BITS) - 1;
+
+    static uint64_t make(uint64_t job, uint64_t begin, uint64_t end) { return job << 2 * BITS | begin << BITS | end; }
+
+    // A chunk of the current job, or -1.
+    int64_t take(bool from_front) {
+        uint64_t word = range.load(std::memory_order_acquire);
+        for (;;) {
+            const uint64_t begin = word >> BITS & MASK, end = word & MASK;
+            if (begin >= end) return -1;
+            const uint64_t rest = from_front ? word + (uint64_t(1) << BITS) : word - 1;
+            if (range.compare_exchange_weak(word, rest, std::memory_order_acq_rel, std::memory_order_acquire)) {
+                return int64_t(from_front ? begin : end - 1);
+            }
+        }
+    }
+
+    alignas(64) std::atomic<uint64_t> range{0};
+};
+
 class Pool {
    public:
+    static constexpr int64_t MAX_CHUNKS = int64_t(Share::MASK);
+
     void run(int64_t num_chunks, int num_threads, Work work, void* context) {
         const auto start = Clock::now();
         if (start < alone_until_) {
@@ -40,21 +67,24 @@ class Pool {
             return;
         }
         grow(num_threads - 1);
+        num_threads = num_workers_ < num_threads - 1 ? num_workers_ + 1 : num_threads;
         work_ = work;
         context_ = context;
-        num_chunks_ = num_chunks;
         done_.store(0, std::memory_order_relaxed);
-        limit_.store(num_threads - 1, std::memory_order_relaxed);
-        // The ticket holds the job's number in its high half, so that a late worker cannot take a chunk of one job
-        // believing it to be of another, and the chunks that are left in its low half.
-        const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-        ticket_.store(job << 32 | uint64_t(num_chunks), std::memory_order_seq_cst);
-        if (num_asleep_.load(std::memory_order_seq_cst) > 0) {
+        const bool is_more = num_threads > num_shares_.exchange(num_threads, std::memory_order_relaxed);
+        const uint64_t job = job_.load(std::memory_order_relaxed) + 1;
+        for (int64_t i = 0; i < num_threads; ++i) {
+            const uint64_t begin = uint64_t(num_chunks * i / num_threads);
+            const uint64_t end = uint64_t(num_chunks * (i + 1) / num_threads);
+            shares_[i].range.store(Share::make(job, begin, end), std::memory_order_release);
+        }
+        job_.store(job, std::memory_order_seq_cst);
+        if (is_more || num_asleep_.load(std::memory_order_seq_cst) > 0) {
             const std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
+            if (is_more) wanted_.notify_all();
         }
-        while (take()) {
-        }
+        work_on(0);
         const auto idle = Clock::now();
         wait(num_chunks);
         const auto end = Clock::now();
@@ -69,18 +99,17 @@ class Pool {
     int size() const { return num_workers_; }
 
    private:
-    bool has_work() const { return (ticket_.load(std::memory_order_seq_cst) & 0xffffffff) != 0; }
-
-    // NOTE: work_, context_ and num_chunks_ may be read only after a chunk is won: until it is counted as done, the
-    // caller cannot return and nobody overwrites them.
-    bool take() {
-        uint64_t ticket = ticket_.load(std::memory_order_acquire);
-        do {
-            if ((ticket & 0xffffffff) == 0) return false;
-        } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel));
-        work_(context_, num_chunks_ - int64_t(ticket & 0xffffffff));
-        done_.fetch_add(1, std::memory_order_release);
-        return true;
+    // Does chunks until none is left. NOTE: work_ and context_ may be read only after a chunk is won: until it is
+    // counted as done, the caller cannot return and nobody overwrites them.
+    void work_on(int own) {
+        const int num_shares = num_shares_.load(std::memory_order_relaxed);
+        for (int i = 0; i < num_shares; ++i) {
+            Share& share = shares_[(own + i) % num_shares];
+            for (int64_t chunk; (chunk = share.take(i == 0)) >= 0;) {
+                work_(context_, chunk);
+                done_.fetch_add(1, std::memory_order_release);
+            }
+        }
     }
 
     // Whoever still has a chunk may have lost its core: after a short spin, offer ours.
@@ -98,7 +127,7 @@ class Pool {
         wanted = wanted < MAX_WORKERS ? wanted : MAX_WORKERS;
         try {
             while (num_workers_ < wanted) {
-                std::thread([this, index = num_workers_] { live(index); }).detach();
+                std::thread([this, index = num_workers_, job = job_.load()] { live(index + 1, job); }).detach();
                 ++num_workers_;
             }
         } catch (const std::system_error&) {
@@ -106,41 +135,48 @@ class Pool {
         }
     }
 
-    void live(int index) {
+    // own: the number of this worker's share. seen: the last job that was there before it.
+    void live(int own, uint64_t seen) {
         for (;;) {
-            const bool may_work = index < limit_.load(std::memory_order_relaxed);
-            if (may_work && take()) continue;
-            if (may_work && spin()) continue;
-            std::unique_lock<std::mutex> lock(mutex_);
-            num_asleep_.fetch_add(1, std::memory_order_seq_cst);
-            wake_.wait(lock, [&] { return index < limit_.load(std::memory_order_relaxed) && has_work(); });
-            num_asleep_.fetch_sub(1, std::memory_order_seq_cst);
+            if (own >= num_shares_.load(std::memory_order_relaxed)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wanted_.wait(lock, [&] { return own < num_shares_.load(std::memory_order_relaxed); });
+            } else if (!spin(seen)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                num_asleep_.fetch_add(1, std::memory_order_seq_cst);
+                wake_.wait(lock, [&] { return job_.load(std::memory_order_seq_cst) != seen; });
+                num_asleep_.fetch_sub(1, std::memory_order_seq_cst);
+            }
+            seen = job_.load(std::memory_order_acquire);
+            if (own < num_shares_.load(std::memory_order_relaxed)) work_on(own);
         }
     }
 
-    bool spin() const {
+    // Whether a new job came within a short time.
+    bool spin(uint64_t seen) const {
         const auto end = Clock::now() + SPIN;
         do {
             for (int turn = 0; turn < 64; ++turn) {
-                if (has_work()) return true;
+                if (job_.load(std::memory_order_seq_cst) != seen) return true;
                 pause();
             }
         } while (Clock::now() < end);
         return false;
     }
 
-    alignas(64) std::atomic<uint64_t> ticket_{0};
+    Share shares_[MAX_WORKERS + 1];
+    alignas(64) std::atomic<uint64_t> job_{0};
     alignas(64) std::atomic<int64_t> done_{0};
-    alignas(64) std::atomic<int> limit_{0};
+    alignas(64) std::atomic<int> num_shares_{0};
     std::atomic<int> num_asleep_{0};
     Work work_ = nullptr;
     void* context_ = nullptr;
-    int64_t num_chunks_ = 0;
     int num_workers_ = 0;
     Clock::time_point alone_until_{};
     Clock::duration retreat_ = SHORTEST_RETREAT;
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_;    // there is a new job
+    std::condition_variable wanted_;  // jobs have more shares now
 };
 
 // Never destroyed: workers may outlive main(). After a fork the child has no workers, so it starts a pool of its own.
@@ -164,7 +200,7 @@ Holder& holder() {
 
 void run_chunks(int64_t num_chunks, int num_threads, Work work, void* context) {
     std::unique_lock<std::mutex> lock(*holder().busy.load(), std::defer_lock);
-    if (num_threads <= 1 || num_chunks <= 1 || !lock.try_lock()) {
+    if (num_threads <= 1 || num_chunks <= 1 || num_chunks > Pool::MAX_CHUNKS || !lock.try_lock()) {
         for (int64_t chunk = 0; chunk < num_chunks; ++chunk) work(context, chunk);
         return;
     }

@@ -32,16 +32,19 @@ int32_t dot_group(const Weight& weight, const uint8_t* data, const int32_t* word
     return sum;
 }
 
-float dot_integer(const Weight& weight, const uint8_t* data, const Tile& x, int64_t block, int64_t lane, int64_t m) {
+float dot_integer(const Weight& weight, const uint8_t* block, const Tile& x, int64_t lane, int64_t m) {
     const int64_t words_per_group = weight.group / 4;  // of the activations
-    const int64_t group_bytes = weight.group * BLOCK_ROWS / (weight.kind == INT4 ? 2 : 1);
     float total = 0.0f;
-    for (int64_t g = 0; g < x.num_groups; ++g, data += group_bytes) {
-        const int64_t at = (block * x.num_groups + g) * BLOCK_ROWS + lane, index = g * x.stride + m;
-        const int32_t whole = dot_group(weight, data, x.words + g * words_per_group * x.stride + m, x.stride);
-        const float zero = weight.zeros == nullptr ? 1.0f : float(weight.zeros[at]);
-        const float value = float(whole) - zero * x.shift[index];
-        total += value * (from_bf16(weight.scales[at]) * x.scale[index]);
+    for (int64_t g = 0; g < x.num_groups; ++g) {
+        const int64_t index = g * x.stride + m;
+        const int32_t whole = dot_group(weight, block + 4 * lane, x.words + g * words_per_group * x.stride + m, x.stride);
+        block += word_bytes(weight);
+        uint16_t scale;
+        std::memcpy(&scale, block + 2 * lane, 2);
+        block += SCALE_BYTES;
+        const float zero = weight.has_zeros ? float(block[lane]) : 1.0f;
+        block += weight.has_zeros ? BLOCK_ROWS : 0;
+        total += (float(whole) - zero * x.shift[index]) * (from_bf16(scale) * x.scale[index]);
     }
     return total;
 }
@@ -50,9 +53,8 @@ void tile(const Weight& weight, const Tile& x, int64_t block, int num, float* ou
     const uint8_t* data = weight.data + block * block_bytes(weight);
     for (int m = 0; m < num; ++m) {
         for (int64_t lane = 0; lane < BLOCK_ROWS; ++lane) {
-            const uint8_t* start = data + 4 * lane;
-            out[m * BLOCK_ROWS + lane] =
-                weight.kind == BFLOAT16 ? dot_bf16(start, x, m) : dot_integer(weight, start, x, block, lane, m);
+            out[m * BLOCK_ROWS + lane] = weight.kind == BFLOAT16 ? dot_bf16(data + 4 * lane, x, m)
+                                                                 : dot_integer(weight, data, x, lane, m);
         }
     }
 }
@@ -65,12 +67,6 @@ uint64_t read(const uint8_t* data, int64_t num_bytes) {
         sum += value;
     }
     return sum;
-}
-
-Vector fold(const Vector* x) {
-    Vector out;
-    for (int64_t k = 0; k < LANES; ++k) out[k] = sum_of(x[k]);
-    return out;
 }
 
 }  // namespace

@@ -70,28 +70,6 @@ inline float largest_of(Vector x) {
 #endif
 }
 
-// As `exponential`, for x <= 0; exactly 0 below -87 and exactly 1 at 0; a NaN stays one.
-inline Vector exponentials(Vector x) {
-    const Whole is_small = x < all(-87.0f);
-    const Vector clamped = is_small ? all(0.0f) : x;
-    const Vector shifted = multiply_add(clamped, all(1.44269504f), all(12582912.0f));
-    const Vector n = shifted - all(12582912.0f);
-    const Vector r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), clamped));
-    Vector p = all(1.9875691500e-4f);
-    p = multiply_add(p, r, all(1.3981999507e-3f));
-    p = multiply_add(p, r, all(8.3334519073e-3f));
-    p = multiply_add(p, r, all(4.1665795894e-2f));
-    p = multiply_add(p, r, all(1.6666665459e-1f));
-    p = multiply_add(p, r, all(5.0000001201e-1f));
-    p = multiply_add(p * r, r, r) + all(1.0f);
-    Whole bits, power;
-    __builtin_memcpy(&bits, &shifted, sizeof bits);
-    power = ((bits & 0x1ff) + 127) << 23 & 0x7f800000;
-    Vector factor;
-    __builtin_memcpy(&factor, &power, sizeof factor);
-    return is_small ? all(0.0f) : p * factor;
-}
-
 void norm_row(float* hidden, const float* added, const float* weight, int64_t size, float eps, float* out) {
     Vector squares = {};
     float rest = 0.0f;

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from internlm2.engine.sampling.params import SamplingParams
+from internlm2.serve.api.body import JsonRoute
 from internlm2.serve.api.reports import chat_logprobs, usage
 from internlm2.serve.api.schema import (
     Generation,
@@ -247,7 +248,7 @@ async def _events(
 
 def chat_routes(service: Service) -> APIRouter:
     """The router of this family."""
-    router = APIRouter(tags=["chat"])
+    router = APIRouter(tags=["chat"], route_class=JsonRoute)
 
     @router.post("/v1/chat/completions", summary="Answer a conversation, with tools where given.")
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
+from internlm2.serve.api.body import JsonRoute
 from internlm2.serve.api.reports import text_logprobs, usage
 from internlm2.serve.api.schema import Generation, Json, refuse
 from internlm2.serve.errors import BAD_REQUEST, ApiError
@@ -167,7 +168,7 @@ async def _events(
 
 def completion_routes(service: Service) -> APIRouter:
     """The router of this family."""
-    router = APIRouter(tags=["completions"])
+    router = APIRouter(tags=["completions"], route_class=JsonRoute)
 
     @router.post("/v1/completions", summary="Go on with texts.")
     async def create_completion(body: CompletionRequest, request: Request) -> Response:

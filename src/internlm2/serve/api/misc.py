@@ -9,6 +9,7 @@ from pydantic import Field
 
 from internlm2 import __version__
 from internlm2.serve import errors
+from internlm2.serve.api.body import JsonRoute
 from internlm2.serve.api.chat import ChatMessage
 from internlm2.serve.api.schema import Json, Strict, Tool
 from internlm2.serve.errors import BAD_REQUEST, UNAVAILABLE, ApiError
@@ -52,7 +53,7 @@ def _tokenize(body: TokenizeRequest, service: Service) -> Json:
 
 def token_routes(service: Service) -> APIRouter:
     """Text to ids and back."""
-    router = APIRouter(tags=["tokens"])
+    router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 
     @router.post("/tokenize", summary="Ids of a text or a conversation.")
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -71,7 +72,7 @@ def token_routes(service: Service) -> APIRouter:
 
 def model_routes(service: Service) -> APIRouter:
     """Which models are served."""
-    router = APIRouter(tags=["models"])
+    router = APIRouter(tags=["models"], route_class=JsonRoute)
 
     def described(name: str) -> Json:
         longest = None if service.llm is None else service.llm.llm.max_model_len
@@ -102,7 +103,7 @@ def model_routes(service: Service) -> APIRouter:
 
 def state_routes(service: Service) -> APIRouter:
     """How the server is."""
-    router = APIRouter(tags=["state"])
+    router = APIRouter(tags=["state"], route_class=JsonRoute)
 
     @router.get("/health", summary="200 as long as the process answers.")
     async def health() -> Response:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from internlm2.engine.sampling.params import SamplingParams
+from internlm2.serve.api.body import JsonRoute
 from internlm2.serve.api.reports import token_logprobs, usage
 from internlm2.serve.api.responses_input import ResponsesRequest
 from internlm2.serve.api.schema import Json
@@ -197,7 +198,7 @@ async def _events(run: Run, builder: _Builder, exchange: Exchange) -> AsyncGener
 
 def response_routes(service: Service) -> APIRouter:
     """The router of this family."""
-    router = APIRouter(tags=["responses"])
+    router = APIRouter(tags=["responses"], route_class=JsonRoute)
 
     @router.post("/v1/responses", summary="Answer items; the stateless part of the Responses API.")
     async def create_response(body: ResponsesRequest, request: Request) -> Response:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from internlm2.engine.sampling.params import SamplingParams
-from internlm2.serve.api.schema import Json, Sampling, Strict, refuse
-from internlm2.serve.errors import BAD_REQUEST, ApiError
+from internlm2.serve.api.schema import Function, Json, Sampling, Strict, refuse
+from internlm2.serve.errors import BAD_REQUEST, ApiError, from_validation
 from internlm2.serve.talk.ask import sampling
 from internlm2.serve.talk.calls import ToolChoice
 
@@ -143,8 +143,12 @@ class ResponsesRequest(Sampling):
                     code="unsupported_tool",
                     param=f"tools.{n}",
                 )
-            names = ("name", "description", "parameters", "strict")
-            function = {name: tool[name] for name in names if tool.get(name) is not None}
+            function = {name: value for name, value in tool.items() if name != "type" and value is not None}
+            try:
+                Function.model_validate(function)
+            except ValidationError as error:
+                problems = [{**each, "loc": ("body", "tools", n, *each["loc"])} for each in error.errors()]
+                raise from_validation(problems) from error
             found.append({"type": "function", "function": function})
         return found
 

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from internlm2.engine.waiters import Waiters
+from internlm2.serve.api.body import JsonRoute
 from internlm2.serve.api.chat import ChatMessage
 from internlm2.serve.api.completions import MAX_TEXTS, Texts, texts_of
 from internlm2.serve.api.schema import Json, Strict
@@ -16,6 +17,7 @@ from internlm2.serve.errors import BAD_REQUEST, ApiError
 from internlm2.serve.events import ClientLeftError, answer, nobody
 from internlm2.serve.guard import exchange_of
 from internlm2.serve.service import Service
+from internlm2.serve.talk.ask import check_length
 
 _Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
 
@@ -47,7 +49,7 @@ class RankRequest(Strict):
 
 def vector_routes(service: Service) -> APIRouter:
     """The router of embeddings."""
-    router = APIRouter(tags=["embeddings"])
+    router = APIRouter(tags=["embeddings"], route_class=JsonRoute)
 
     @router.post("/v1/embeddings", summary="The mean of the last hidden states of each text.")
     async def create_embeddings(body: EmbeddingsRequest, request: Request) -> Response:
@@ -57,6 +59,8 @@ def vector_routes(service: Service) -> APIRouter:
 
         async def whole() -> Json:
             ids = await asyncio.to_thread(lambda: [llm.llm.encode(text) for text in texts])
+            for each in ids:
+                check_length(len(each), llm.llm.max_model_len, answer_tokens=0)
             exchange.num_prompt_tokens = sum(map(len, ids))
             vectors = await llm.embed(ids, adapter=adapter)
             if body.dimensions not in (None, vectors.shape[1]):
@@ -88,7 +92,7 @@ def vector_routes(service: Service) -> APIRouter:
 
 def reward_routes(service: Service) -> APIRouter:
     """The router of reward models."""
-    router = APIRouter(tags=["rewards"])
+    router = APIRouter(tags=["rewards"], route_class=JsonRoute)
     waiters = Waiters(service.frontend)
 
     async def scored(request: Request, model: str | None, conversations: list[list[Json]]) -> list[float]:

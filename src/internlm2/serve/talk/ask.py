@@ -105,13 +105,14 @@ def _describes_tools(messages: _Messages) -> bool:
     )
 
 
-def check_length(num_prompt: int, max_model_len: int) -> None:
-    """Raise ApiError, as OpenAI does, for a prompt that leaves no room for an answer."""
-    if num_prompt + 1 > max_model_len:
+def check_length(num_prompt: int, max_model_len: int, *, answer_tokens: int = 1) -> None:
+    """Raise ApiError, as OpenAI does, for a prompt that leaves no room for so much of an answer."""
+    if num_prompt + answer_tokens > max_model_len:
+        room = ", which leaves no room for an answer" if answer_tokens else ""
         raise ApiError(
             BAD_REQUEST,
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt has {num_prompt} "
-            "tokens, which leaves no room for an answer. Shorten it, or start the server with a larger "
+            f"tokens{room}. Shorten it, or start the server with a larger "
             "--max-model-len if memory allows.",
             code="context_length_exceeded",
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from internlm2.engine.core import FinishReason
 from internlm2.engine.sampling.sampler import TokenLogprobs
 from internlm2.tokenizer import Tokenizer
-from internlm2.tokenizer.chat.message import CodeCall
+from internlm2.tokenizer.chat.message import CodeCall, json_text
 from internlm2.tokenizer.chat.parse import AssistantParser, Call, InvalidCall
 from internlm2.tokenizer.special import ACTION_END, ACTION_START, IM_END
 from internlm2.tokenizer.stream import StopStrings
@@ -121,5 +121,5 @@ class CallReader:
         if isinstance(call, CodeCall):
             name, arguments = CODE_TOOL, json.dumps({"code": call.code}, ensure_ascii=False)
         else:
-            name, arguments = call.name, json.dumps(call.parameters, ensure_ascii=False)
+            name, arguments = call.name, json_text(call.parameters)
         return Delta(self._sample, call=ToolCall(f"call_{secrets.token_hex(12)}", name, arguments))

@@ -19,6 +19,7 @@ from internlm2.tokenizer.chat.message import (
     PluginCall,
     Tool,
     Turn,
+    json_text,
     read_messages,
     read_tools,
 )
@@ -126,7 +127,7 @@ def _call_segments(call: PluginCall | CodeCall, *, has_loss: bool) -> list[Segme
         marker, payload = INTERPRETER, f"\n```python\n{call.code}\n```"
     else:
         body = {"name": call.name, "parameters": call.parameters}
-        marker, payload = PLUGIN, "\n" + json.dumps(body, ensure_ascii=False)
+        marker, payload = PLUGIN, "\n" + json_text(body)
     return [
         Segment(ACTION_START, is_special=True, has_loss=has_loss),
         Segment(marker, is_special=True, has_loss=has_loss),

@@ -45,6 +45,16 @@ class CodeCall:
     code: str
 
 
+def json_text(value: object) -> str:
+    """Parameters of a call as JSON text that UTF-8 can hold: half characters stay escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message as the model sees it. name: what stands behind `name=` in the header."""
@@ -213,7 +223,7 @@ def _read_call(call: object, where: str, has_interpreter: bool) -> PluginCall | 
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChatError(
                 f"{where}: the arguments of {name!r} are not JSON ({error}): {arguments!r:.120}."
             ) from error
@@ -228,7 +238,7 @@ def _read_code(arguments: object, where: str) -> str:
     if isinstance(arguments, str):
         try:
             decoded = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return arguments  # the code itself
         arguments = decoded if isinstance(decoded, Mapping) else {"code": arguments}
     code = arguments.get("code") if isinstance(arguments, Mapping) else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Protocol
 
-from internlm2.tokenizer.chat.message import CodeCall, PluginCall
+from internlm2.tokenizer.chat.message import CodeCall, PluginCall, json_text
 from internlm2.tokenizer.special import ACTION_END, ACTION_START, IM_END, INTERPRETER, PLUGIN
 from internlm2.tokenizer.stream import StopStrings, StreamDecoder
 
@@ -46,7 +46,7 @@ class AssistantTurn:
         calls: list[dict[str, object]] = []
         for call in self.calls:
             if isinstance(call, PluginCall):
-                function = {"name": call.name, "arguments": json.dumps(call.parameters, ensure_ascii=False)}
+                function = {"name": call.name, "arguments": json_text(call.parameters)}
             elif isinstance(call, CodeCall):
                 function = {
                     "name": "python",
@@ -219,13 +219,18 @@ def _read_call(kind: str | None, payload: str, raw: str) -> Call:
     if kind != PLUGIN:
         return InvalidCall(raw, f"{ACTION_START} must be followed by {PLUGIN} or {INTERPRETER}")
     try:
-        body = json.loads(payload)
+        body = json.loads(payload, parse_constant=_refuse)
+        json.dumps(body, allow_nan=False)
     except (ValueError, RecursionError) as error:
         return InvalidCall(raw, f"its body is not JSON: {error}")
     parameters = body.get("parameters", body.get("arguments", {})) if isinstance(body, dict) else None
     if not isinstance(parameters, dict) or not isinstance(body.get("name"), str):
         return InvalidCall(raw, 'its body is not {"name": "...", "parameters": {...}}')
     return PluginCall(body["name"], parameters)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"it holds {name}")
 
 
 def _code(payload: str) -> str:

@@ -1,7 +1,8 @@
-"""L-Eval: 18 tasks over documents of 3,000 to 60,000 tokens, several questions to each (arXiv 2307.11088).
+"""L-Eval: 18 or 19 tasks over documents of 3,000 to 60,000 tokens, several questions to each (arXiv 2307.11088).
 
 Prompts: open-compass/opencompass configs/datasets/leval, whose system text is a user's turn where a model has no
-system role. The card's profiles score as OpenCompass does, `fixed` as L-Eval's own Evaluation/auto_eval.py.
+system role. The card's profiles score as OpenCompass does, `fixed` as L-Eval's own Evaluation/auto_eval.py; it asks
+sci_fi as well, which OpenCompass leaves out.
 """
 
 import re
@@ -44,10 +45,24 @@ _OPEN_SYSTEM = (
     f"{_DOCUMENT}after this document. These instructions may include summarizing a document, answering questions based "
     "on the document, or writing a required paragraph."
 )
+_FICTION_SYSTEM = (
+    'Now you are given a scientific fiction. I will ask you some questions and the answer should be "True" or '
+    '"False". Notice that you should answer the question based on the evidence in the document instead of your '
+    "background knowledge."
+)
 _ASK = "Document is as follows.\n{context}\nQuestion:{question}\nAnswer:"
 _ASK_OPEN = (
     "Document is as follows. {context}\nInstruction: {question}\nAnswer this question with {length} words."
 )
+
+_ASK_FICTION = (
+    "Document is as follows. {context} Question: {question} \n"
+    "Please directly give answer without any additional output or explanation\n Answer: "
+)
+# Behind the first question, without an answer to it.
+_IN_THE_DOCUMENT = "based on the world described in the document."
+_IN_THE_WORLD = "based on the real-world knowledge and facts up until your last training"
+_ASK_FACT = "{question}\nPlease directly give answer without any additional output or explanation \nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,8 @@ _OPEN: Mapping[str, _Form] = {
     "scientific_qa": _open(64),
     "tv_show_summ": _open(512),
 }
-_FORMS = {**_CLOSED, **_OPEN}
+_FICTION = "sci_fi"
+_FORMS = {**_CLOSED, **_OPEN, _FICTION: _Form(_FICTION_SYSTEM, _ASK_FICTION, 512)}
 _CHOICES = frozenset(("coursera", "quality", "tpo"))
 
 
@@ -102,21 +118,21 @@ class LEval:
 
     @property
     def subsets(self) -> Sequence[str]:
-        """The 18 tasks that OpenCompass runs; codeU and sci_fi, which need a second question, are not among them."""
-        return tuple(_FORMS)
+        """The 18 tasks that OpenCompass runs; with `fixed` also sci_fi. Of L-Eval's own, codeU is not here."""
+        return (*_CLOSED, *((_FICTION,) if self._is_mended else ()), *_OPEN)
 
     @property
     def averages(self) -> Sequence[Average]:
         """All tasks alike, those with one right answer, those that are written freely."""
         return [
-            Average("leval", tuple(_FORMS)),
-            Average("leval-closed", tuple(_CLOSED)),
+            Average("leval", tuple(self.subsets)),
+            Average("leval-closed", tuple(name for name in self.subsets if name not in _OPEN)),
             Average("leval-open", tuple(_OPEN)),
         ]
 
     def files(self, subset: str) -> Sequence[str]:
         """One file: documents, each with its questions."""
-        return (f"LEval/{'Closed' if subset in _CLOSED else 'Open'}-ended-tasks/{subset}.jsonl",)
+        return (f"LEval/{'Open' if subset in _OPEN else 'Closed'}-ended-tasks/{subset}.jsonl",)
 
     def items(self, data: DataFolder, subset: str) -> Iterator[Item]:
         """See `Task.items`. The index counts questions over all documents. fields: the kind of scorer."""
@@ -132,10 +148,17 @@ class LEval:
                     name, f"line {n} has {len(questions)} questions, but {len(answers)} answers"
                 )
             context = str(row["input"])
-            for question, answer in zip(questions, answers, strict=True):
-                gold = self._gold(subset, str(answer))
-                length = len(str(answer).split())
-                write = partial(self._write, _FORMS[subset], context, str(question), str(length))
+            pairs = [
+                ((str(question),), str(answer)) for question, answer in zip(questions, answers, strict=True)
+            ]
+            if subset == _FICTION:
+                pairs = [
+                    pair for (question,), answer in pairs for pair in _in_story_and_world(question, answer)
+                ]
+            for asked, answer in pairs:
+                gold = self._gold(subset, answer)
+                length = len(answer.split())
+                write = partial(self._write, _FORMS[subset], context, asked, str(length))
                 yield Item(
                     self.name, subset, index, gold, LongPrompt(write), max_tokens=_FORMS[subset].max_tokens,
                     fields={"evaluation": str(row["evaluation"])}, is_long=True, cuts_middle=self._is_mended,
@@ -149,29 +172,37 @@ class LEval:
             return re.sub(r"[^A-D]", "", answer.split(maxsplit=1)[0]) if answer.split() else ""
         return answer[1:2] if subset == "quality" else answer
 
-    def _write(self, form: _Form, context: str, question: str, length: str) -> TextPrompt | ChatPrompt:
+    def _write(
+        self, form: _Form, context: str, asked: tuple[str, ...], length: str
+    ) -> TextPrompt | ChatPrompt:
+        question, *facts = asked
         before, after = form.ask.split("{context}")
         ask = before + context + after.replace("{length}", length).replace("{question}", question)
         turns = [Turn(USER, form.system), Turn(USER, ask)]
+        turns += [Turn(USER, _ASK_FACT.replace("{question}", fact)) for fact in facts]
         return chat_prompt(turns) if self.is_chat else text_prompt(turns)
 
     # -- verdicts -----------------------------------------------------------------------------------------------
 
     def score(self, item: Item, output: str, run: ProgramRunner | None = None) -> Verdict:
         """See `Task.score`."""
-        task = item.subset
-        if task in _CHOICES:
-            return self._choice(item, output)
-        if task == "gsm100":
-            number = _digits_behind(output, is_mended=self._is_mended)
-            return Verdict(float(number != "" and number == item.gold), number)
-        if task == "topic_retrieval_longchat":
-            return self._topic(item, output)
+        if item.subset not in _OPEN:
+            return self._closed(item, output)
         if not self._is_mended:
             return Verdict(overlap.rouge_1(output, item.gold), output.strip())
         if item.fields["evaluation"] == "f1":
             return Verdict(overlap.qa_f1(output, item.gold), output.strip())
         return Verdict(overlap.rouge_l_of_whole(output, item.gold), output.strip())
+
+    def _closed(self, item: Item, output: str) -> Verdict:
+        if item.subset in _CHOICES:
+            return self._choice(item, output)
+        if item.subset == "gsm100":
+            number = _digits_behind(output, is_mended=self._is_mended)
+            return Verdict(float(number != "" and number == item.gold), number)
+        if item.subset == _FICTION:
+            return _true_or_false(item, output)
+        return self._topic(item, output)
 
     def _choice(self, item: Item, output: str) -> Verdict:
         if not self._is_mended:
@@ -193,6 +224,21 @@ class LEval:
             return Verdict(float(is_right), line)
         said = _short(output)
         return Verdict(float(_short(item.gold) in said or item.gold in said), said)
+
+
+def _in_story_and_world(question: str, answer: str) -> list[tuple[tuple[str, ...], str]]:
+    """What sci_fi asks twice, in the story and then in the world; the answers are one, such as "True [fact: False]"."""
+    story, _, fact = answer.lower().partition("[fact:")
+    about_world = question.replace(_IN_THE_DOCUMENT, _IN_THE_WORLD)
+    return [((question,), story.strip()), ((question, about_world), fact.strip().removesuffix("]").strip())]
+
+
+def _true_or_false(item: Item, output: str) -> Verdict:
+    """The first word decides that holds one of the two; within a word true goes first, as in L-Eval."""
+    words = (word for word in output.lower().split() if "true" in word or "false" in word)
+    word = next(words, "")
+    said = "true" if "true" in word else "false" if word else ""
+    return Verdict(float(said == item.gold), said)
 
 
 def _short(text: str) -> str:

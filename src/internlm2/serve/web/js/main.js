@@ -98,6 +98,8 @@ async function begin() {
   listenForKeys(session, sidebar, composer);
   showExamples(composer);
   nameLanguageButton();
+  addEventListener("pagehide", () => session.keepRunning());
+  addEventListener("online", () => { if (!session.models.length) session.askForModels(); });
   if (!session.store.isLasting) notice(t("not_lasting"), true);
   await session.begin();
   if (!sidebar.isOverPage && !document.querySelector("dialog[open]")) composer.focus();

@@ -2,20 +2,24 @@
 // not come in, and what is wrong is named with its place.
 
 const ROLES = new Set(["system", "user", "assistant", "tool", "environment"]);
-const MAX_TEXT = 4_000_000;
+const MAX_TEXT = 64 * 1024 * 1024; // what a file may hold; what the page wrote it must be able to read again
 const MAX_NODES = 20_000;
 
-/** Something in a file that cannot be taken. `place`: where, as "conversations[0].title". */
+/**
+ * Something in a file or a form that cannot be taken. place: where, as "conversations[0].title". words: what to say of it
+ * in the reader's language, [key, values], where a form may hold it.
+ */
 export class CheckError extends Error {
-  constructor(place, problem) {
+  constructor(place, problem, words = null) {
     super(`${place}: ${problem}`);
     this.place = place;
     this.problem = problem;
+    this.words = words;
   }
 }
 
-function need(condition, place, problem) {
-  if (!condition) throw new CheckError(place, problem);
+function need(condition, place, problem, words = null) {
+  if (!condition) throw new CheckError(place, problem, words);
 }
 
 /** The value, when it is an object with fields. */
@@ -31,7 +35,8 @@ function text(value, place, limit = MAX_TEXT) {
 }
 
 function number(value, place, least, most) {
-  need(typeof value === "number" && value >= least && value <= most, place, `must be a number from ${least} to ${most}`);
+  const isRight = typeof value === "number" && value >= least && value <= most;
+  need(isRight, place, `must be a number from ${least} to ${most}`, ["problem_range", { least, most }]);
   return value;
 }
 
@@ -56,10 +61,10 @@ function content(value, place) {
 function call(value, place) {
   const made = asObject(asObject(value, place).function, `${place}.function`);
   return {
-    id: text(value.id ?? "", `${place}.id`, 200),
+    id: text(value.id ?? "", `${place}.id`),
     type: "function",
     function: {
-      name: text(made.name, `${place}.function.name`, 200),
+      name: text(made.name, `${place}.function.name`),
       arguments: text(made.arguments, `${place}.function.arguments`),
     },
   };
@@ -68,7 +73,7 @@ function call(value, place) {
 function figures(value, place) {
   const found = {};
   for (const name of ["prompt_tokens", "completion_tokens", "total_tokens"]) {
-    if (asObject(value, place)[name] !== undefined) found[name] = number(value[name], `${place}.${name}`, 0, 1e12);
+    if (asObject(value, place)[name] != null) found[name] = number(value[name], `${place}.${name}`, 0, 1e12);
   }
   return found;
 }
@@ -78,8 +83,8 @@ export function asMessage(value, place) {
   const given = asObject(value, place);
   need(ROLES.has(given.role), `${place}.role`, `must be one of ${[...ROLES].join(", ")}`);
   const message = { role: given.role, content: content(given.content, `${place}.content`) };
-  for (const [name, limit] of [["name", 200], ["tool_call_id", 200], ["model", 500], ["finish", 50], ["error", 5000]]) {
-    if (given[name] != null) message[name] = text(given[name], `${place}.${name}`, limit);
+  for (const name of ["name", "tool_call_id", "model", "finish", "error"]) {
+    if (given[name] != null) message[name] = text(given[name], `${place}.${name}`);
   }
   if (given.tool_calls != null) {
     message.tool_calls = list(given.tool_calls, `${place}.tool_calls`, 1000).map((each, n) => call(each, `${place}.tool_calls[${n}]`));
@@ -105,7 +110,7 @@ export function asSettings(value, place) {
   for (const [name, [least, most, isWhole]] of Object.entries(SAMPLING)) {
     if (given[name] == null) continue;
     settings[name] = number(given[name], `${place}.${name}`, least, most);
-    need(!isWhole || Number.isInteger(given[name]), `${place}.${name}`, "must be a whole number");
+    need(!isWhole || Number.isInteger(given[name]), `${place}.${name}`, "must be a whole number", ["problem_whole", {}]);
   }
   for (const name of ["model", "system"]) {
     if (given[name] != null) settings[name] = text(given[name], `${place}.${name}`, 1_000_000);

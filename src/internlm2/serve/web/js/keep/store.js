@@ -16,12 +16,21 @@ function opened() {
   return asPromise(request);
 }
 
+/** A way to tell other pages of this browser; null where that is forbidden, as storage may be. */
+function channel() {
+  try {
+    return new BroadcastChannel(NAME);
+  } catch {
+    return null;
+  }
+}
+
 /** Keeps conversations by id. `isLasting`: whether they outlive the page. */
 export class Store {
   constructor(database) {
     this._database = database;
     this._held = new Map();
-    this._channel = "BroadcastChannel" in globalThis ? new BroadcastChannel(NAME) : null;
+    this._channel = channel();
   }
 
   /** The store of this browser. */
@@ -56,11 +65,42 @@ export class Store {
     return this.isLasting ? asPromise(this._table("readonly").get(id)) : this._held.get(id);
   }
 
-  /** Writes a conversation down. */
-  async put(conversation) {
-    if (this.isLasting) await asPromise(this._table("readwrite").put(conversation));
-    else this._held.set(conversation.id, structuredClone(conversation));
-    this._channel?.postMessage(conversation.id);
+  /** Writes conversations down, all or none. `beside`: told what lies there under the same id, before it is replaced. */
+  async put(conversations, beside = () => {}) {
+    if (this.isLasting) await this._write(conversations, beside);
+    else for (const each of conversations) this._held.set(each.id, structuredClone(each));
+    for (const { id } of conversations) this._channel?.postMessage(id);
+  }
+
+  _write(conversations, beside) {
+    return new Promise((resolve, reject) => {
+      const table = this._table("readwrite");
+      const { transaction } = table;
+      let failure = null;
+      transaction.oncomplete = () => resolve();
+      transaction.onabort = () => reject(failure ?? transaction.error);
+      for (const each of conversations) {
+        const request = table.get(each.id);
+        request.onsuccess = () => {
+          try {
+            if (request.result) beside(request.result);
+            table.put(each);
+          } catch (error) {
+            if (failure !== null) return;
+            failure = error;
+            transaction.abort();
+          }
+        };
+      }
+    });
+  }
+
+  /** Writes a conversation down before the page is gone: there is no time to look at what lies there. */
+  putAtOnce(conversation) {
+    if (!this.isLasting) return;
+    const table = this._table("readwrite");
+    table.put(conversation);
+    table.transaction.commit();
   }
 
   /** Forgets a conversation. */

@@ -1,4 +1,4 @@
-// Conversations as a file, and back. Lists of OpenAI messages, such as transcripts of agents, are taken as well.
+// Conversations as a file, and back. Lists of OpenAI messages and transcripts of `internlm2 agent` are taken as well.
 
 import { asConversation, asMessage, asObject, CheckError } from "./check.js";
 import { append, newConversation, newId } from "./tree.js";
@@ -25,12 +25,53 @@ function fromMessages(messages, place) {
   return conversation;
 }
 
+/** The events of an agent's transcript, one a line; null where the text is none. A run that was killed tears its last line. */
+function eventsOf(text) {
+  const lines = text.split("\n").filter((line) => line.trim());
+  const events = [];
+  for (const [n, line] of lines.entries()) {
+    try {
+      events.push(JSON.parse(line));
+    } catch {
+      if (n < lines.length - 1) return null;
+    }
+  }
+  return events[0]?.event === "start" ? events : null;
+}
+
+/** An agent's run as messages. Each result tells its call, whatever way the model wrote it. */
+function messagesOf(events) {
+  const messages = [];
+  let answer = null;
+  for (const [n, event] of events.entries()) {
+    const place = `line ${n + 1}`;
+    const kind = asObject(event, place).event;
+    if (["question", "reply", "result"].includes(kind) && typeof event.text !== "string") throw new CheckError(place, "has no text");
+    if (kind === "start" && event.system) messages.push({ role: "system", content: event.system });
+    if (kind === "question") messages.push({ role: "user", content: event.text });
+    if (kind === "reply") {
+      answer = { role: "assistant", content: event.text, tool_calls: [], seconds: event.took_seconds };
+      messages.push(answer);
+    }
+    if (kind !== "result" || answer === null) continue;
+    answer.tool_calls.push({ id: event.id, function: { name: event.name, arguments: event.arguments } });
+    const pictures = (event.pictures ?? []).map((each) => ({
+      type: "image_url", image_url: { url: `data:${each?.media_type};base64,${each?.base64}` },
+    }));
+    messages.push({ role: "tool", tool_call_id: event.id, name: event.name, content: [{ type: "text", text: event.text }, ...pictures] });
+  }
+  for (const message of messages) if (message.tool_calls?.length === 0) delete message.tool_calls;
+  return messages;
+}
+
 /** The conversations of a file, under ids of their own. Throws CheckError for what cannot be taken. */
 export function read(text) {
   let found;
   try {
     found = JSON.parse(text);
   } catch (error) {
+    const events = eventsOf(text);
+    if (events !== null) return [fromMessages(messagesOf(events), "messages")];
     throw new CheckError("file", `is not JSON (${error.message})`);
   }
   if (Array.isArray(found)) return [fromMessages(found, "messages")];

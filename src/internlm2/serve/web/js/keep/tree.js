@@ -78,6 +78,33 @@ export function removeLast(conversation, id) {
   delete conversation.nodes[id];
 }
 
+function fieldsOf(message) {
+  return JSON.stringify(Object.entries(message).filter(([, value]) => value !== undefined).sort());
+}
+
+/**
+ * Takes into `mine` what another window has added to the same conversation; each window keeps the versions that it
+ * shows. kept: ids of messages that this window writes itself; gone: ids that it took away.
+ */
+export function merge(mine, theirs, { kept = new Set(), gone = new Set() } = {}) {
+  const waiting = [[mine.top, theirs.top, null]];
+  while (waiting.length) {
+    const [above, given, parent] = waiting.pop();
+    for (const id of given.children) {
+      if (gone.has(id)) continue;
+      const known = mine.nodes[id];
+      if (!known) {
+        mine.nodes[id] = { id, parent, children: [], chosen: null, message: theirs.nodes[id].message };
+        above.children.push(id);
+        above.chosen ??= id;
+      } else if (!kept.has(id) && fieldsOf(known.message) !== fieldsOf(theirs.nodes[id].message)) {
+        known.message = theirs.nodes[id].message;
+      }
+      waiting.push([mine.nodes[id], theirs.nodes[id], id]);
+    }
+  }
+}
+
 /** The words of a message; pictures left out. */
 export function textOf(message) {
   if (typeof message.content === "string") return message.content;
@@ -90,12 +117,31 @@ export function picturesOf(message) {
   return message.content.filter((part) => part.type === "image_url").map((part) => part.image_url.url);
 }
 
+/** Names under which a model calls the code interpreter. */
+export const CODE_TOOLS = new Set(["python", "code_interpreter", "interpreter"]);
+
+/** Whether a call can be carried out: one that was cut within its arguments cannot, and the server refuses it. */
+export function isWhole({ function: { name, arguments: given } }) {
+  if (!given.trim()) return true;
+  if (CODE_TOOLS.has(name) && !given.trim().startsWith("{")) return true; // the code itself
+  try {
+    const found = JSON.parse(given);
+    return found !== null && typeof found === "object" && !Array.isArray(found);
+  } catch {
+    return false;
+  }
+}
+
 /** The messages as the API takes them. The model reads text alone, so a picture is only named. */
 export function asked(nodes, system) {
   const messages = system?.trim() ? [{ role: "system", content: system }] : [];
+  const cut = new Set();
   for (const { message } of nodes) {
-    if (message.role === "assistant" && !textOf(message) && !message.tool_calls?.length) continue; // an answer that failed
-    const { role, name, tool_calls: calls, tool_call_id: callId } = message;
+    const { role, name, tool_call_id: callId } = message;
+    const calls = message.tool_calls?.filter(isWhole);
+    for (const call of message.tool_calls ?? []) if (!isWhole(call)) cut.add(call.id);
+    if (role === "assistant" && !textOf(message) && !calls?.length) continue; // an answer that failed
+    if (role === "tool" && cut.has(callId)) continue;
     const each = { role, content: [textOf(message), ...picturesOf(message).map(() => "[picture]")].filter(Boolean).join("\n") };
     if (name) each.name = name;
     if (calls?.length) each.tool_calls = calls;
@@ -110,7 +156,7 @@ export function openCalls(conversation) {
   const shown = path(conversation);
   const results = new Set();
   for (const { message } of [...shown].reverse()) {
-    if (message.role === "assistant") return (message.tool_calls ?? []).filter((call) => !results.has(call.id));
+    if (message.role === "assistant") return (message.tool_calls ?? []).filter((call) => isWhole(call) && !results.has(call.id));
     if (message.role === "tool") results.add(message.tool_call_id);
     else if (message.role !== "environment") return [];
   }

@@ -3,6 +3,8 @@
 /** A fault that the server told within a stream. */
 export class StreamError extends Error {}
 
+const MAX_CALLS = 1000;
+
 /** Takes chunks; `messages` holds what they made so far. A server that runs tools may send several messages. */
 export class Answer {
   constructor(first = { role: "assistant", content: "" }) {
@@ -45,6 +47,7 @@ export class Answer {
     const { last } = this;
     last.tool_calls ??= [];
     const index = part.index ?? last.tool_calls.length;
+    if (!(Number.isInteger(index) && index >= 0 && index < MAX_CALLS)) throw new StreamError(`The server sent a call with the number ${index}.`);
     while (last.tool_calls.length <= index) {
       last.tool_calls.push({ id: "", type: "function", function: { name: "", arguments: "" } });
     }

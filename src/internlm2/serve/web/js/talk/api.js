@@ -21,7 +21,7 @@ async function refusal(response) {
     // a proxy's page, say
   }
   const retryAfter = response.headers.get("retry-after");
-  return new ApiError(response.status, String(told?.message ?? `HTTP ${response.status}`), { code: told?.code, retryAfter });
+  return new ApiError(response.status, String(told?.message ?? ""), { code: told?.code, retryAfter });
 }
 
 /** Calls of the server. `key()`: the API key of the reader, or "". */
@@ -74,7 +74,7 @@ export class Api {
         part = await stream.read();
       } catch (error) {
         if (error.name === "AbortError") throw error;
-        throw new ApiError(0, error.message);
+        throw new ApiError(0, "incomplete");
       }
       if (part.done) throw new ApiError(0, "incomplete");
       const found = events.push(decoder.decode(part.value, { stream: true }));

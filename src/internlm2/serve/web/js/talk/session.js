@@ -3,12 +3,13 @@
 
 import { asConversation, asSettings } from "../keep/check.js";
 import { preferences } from "../keep/preferences.js";
-import { append, asked, choose, newConversation, openCalls, path, pathTo, removeLast } from "../keep/tree.js";
+import { append, asked, choose, merge, newConversation, openCalls, path, pathTo, removeLast, textOf } from "../keep/tree.js";
 import { t } from "../lang/words.js";
 import { Answer, ApiError } from "./api.js";
 import { StreamError } from "./answer.js";
 
 const SAVE_MILLISECONDS = 2000;
+const MAX_PROBLEM = 2000; // characters
 const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed", "stop"];
 
 /** Settings of the last conversation, for the next one. */
@@ -30,8 +31,11 @@ function problemOf(error) {
   if (error instanceof ApiError && error.status === 0) {
     return t(error.message === "incomplete" ? "error_incomplete" : "error_unreachable");
   }
-  if (error instanceof ApiError && error.status === 429) return t("error_busy", { seconds: error.retryAfter ?? "?" });
-  return error.message;
+  if (error instanceof ApiError && error.status === 429) {
+    const seconds = Math.ceil(Number(error.retryAfter ?? Number.NaN)); // proxies may write a date instead
+    return seconds >= 0 ? t("error_busy", { seconds }) : t("error_busy_later");
+  }
+  return error.message.slice(0, MAX_PROBLEM) || t("error_status", { status: error.status });
 }
 
 export class Session extends EventTarget {
@@ -42,7 +46,10 @@ export class Session extends EventTarget {
     this.models = [];
     this.conversations = new Map();
     this.current = newConversation(lastSettings());
-    this.runs = new Map(); // by conversation: {controller, answer, nodes}
+    this.runs = new Map(); // by conversation: {controller, answer, nodes, over}
+    this._gone = new Set(); // messages that were taken away
+    this._unsaved = new Map(); // nodes that are being saved: how many times
+    this._isStoreBroken = false;
   }
 
   _tell(kind, detail) {
@@ -61,7 +68,7 @@ export class Session extends EventTarget {
 
   /** Reads what is kept, and asks the server for its models. */
   async begin() {
-    for (const each of await this.store.all()) {
+    for (const each of await this._kept()) {
       try {
         this.conversations.set(each.id, asConversation(each, "conversation"));
       } catch {
@@ -76,6 +83,15 @@ export class Session extends EventTarget {
     await this.askForModels();
   }
 
+  async _kept() {
+    try {
+      return await this.store.all();
+    } catch (error) {
+      this._storeFailed(error);
+      return [];
+    }
+  }
+
   async askForModels() {
     try {
       this.models = await this.api.models();
@@ -86,27 +102,62 @@ export class Session extends EventTarget {
     this._tell("state");
   }
 
+  /** Another window has changed or deleted a conversation. What runs here goes on. */
   async _reread(id) {
-    if (this.runs.has(id)) return;
     const found = await this.store.get(id);
-    if (found) this.conversations.set(id, asConversation(found, "conversation"));
-    else this.conversations.delete(id);
-    if (this.current.id === id) {
-      this.current = this.conversations.get(id) ?? newConversation(lastSettings());
-      this._tell("conversation");
+    const known = this.conversations.get(id);
+    if (found && known) {
+      this._merge(known, found, { isNewer: true });
+    } else if (found) {
+      this.conversations.set(id, asConversation(found, "conversation"));
+    } else if (!this.runs.has(id)) {
+      this.conversations.delete(id);
+      if (this.current.id === id) this.show(null);
     }
+    if (this.current.id === id) this._tell("conversation");
     this._tell("list");
   }
 
-  async _save(conversation) {
+  /** Takes in what lies in the store. Messages that an answer here is writing stay. */
+  _merge(conversation, stored, { isNewer = false } = {}) {
+    let theirs;
+    try {
+      theirs = asConversation(stored, "conversation");
+    } catch {
+      return; // written by something else
+    }
+    const running = this.runs.get(conversation.id)?.nodes ?? [];
+    const kept = new Set([...running, ...this._unsaved.keys()].map(({ id }) => id));
+    merge(conversation, theirs, { kept, gone: this._gone });
+    const { title, isNamed, settings, changed } = theirs;
+    if (isNewer) Object.assign(conversation, { title, isNamed, settings, changed });
+  }
+
+  /** Keeps a conversation. written: the nodes whose messages have changed here. */
+  async _save(conversation, written = []) {
     if (!Object.keys(conversation.nodes).length && !this.conversations.has(conversation.id)) return;
     this.conversations.set(conversation.id, conversation);
     this._tell("list");
+    for (const node of written) this._unsaved.set(node, (this._unsaved.get(node) ?? 0) + 1);
     try {
-      await this.store.put(conversation);
+      await this.store.put([conversation], (stored) => this._merge(conversation, stored));
+      this._isStoreBroken = false;
     } catch (error) {
-      this._tell("trouble", t("store_failed", { problem: error.message }));
+      this._storeFailed(error);
     }
+    for (const node of written) {
+      const left = this._unsaved.get(node) - 1;
+      if (left) this._unsaved.set(node, left);
+      else this._unsaved.delete(node);
+    }
+  }
+
+  _storeFailed(error) {
+    if (!this._isStoreBroken) {
+      const isFull = error?.name === "QuotaExceededError";
+      this._tell("trouble", isFull ? t("store_full") : t("store_failed", { problem: error?.message ?? "" }));
+    }
+    this._isStoreBroken = true; // told once, until it works again
   }
 
   /** Shows a conversation; null: a new one. */
@@ -135,7 +186,8 @@ export class Session extends EventTarget {
 
   /** Takes conversations of a file and shows the first. */
   async add(conversations) {
-    for (const each of conversations) await this._save(each);
+    await this.store.put(conversations);
+    for (const each of conversations) this.conversations.set(each.id, each);
     if (conversations.length) this.show(conversations[0].id);
   }
 
@@ -148,7 +200,7 @@ export class Session extends EventTarget {
   }
 
   async choose(id, step) {
-    if (this.run || !choose(this.current, id, step)) return;
+    if (!choose(this.current, id, step)) return;
     this._tell("conversation");
     this._tell("state");
     await this._save(this.current);
@@ -162,6 +214,7 @@ export class Session extends EventTarget {
 
   /** Sends another version of a message. */
   async edit(id, text) {
+    await this._halt();
     await this._say(this.current.nodes[id].parent, [{ ...this.current.nodes[id].message, content: text }]);
   }
 
@@ -178,17 +231,22 @@ export class Session extends EventTarget {
 
   /** Asks for another answer in place of one. One that failed without a word goes. */
   async regenerate(id) {
-    if (this.run) return;
+    await this._halt();
     const { parent, message, children } = this.current.nodes[id];
     const failed = (message.error || message.isStopped) && !message.content && !message.tool_calls;
-    if (failed && !children.length) removeLast(this.current, id);
+    if (failed && !children.length) {
+      removeLast(this.current, id);
+      this._gone.add(id);
+    }
     await this._answer(this.current, parent);
   }
 
   /** Lets the model go on with an answer that was cut. */
   async goOn(id) {
-    if (this.run) return;
-    await this._answer(this.current, this.current.nodes[id].parent, this.current.nodes[id]);
+    await this._halt();
+    const node = this.current.nodes[id];
+    node.message.content = textOf(node.message); // a file may have it in parts
+    await this._answer(this.current, node.parent, node);
   }
 
   async _say(parent, messages) {
@@ -201,6 +259,18 @@ export class Session extends EventTarget {
 
   stop() {
     this.run?.controller.abort();
+  }
+
+  /** Ends the answer that runs in the conversation that is shown; what it said so far stays. */
+  async _halt() {
+    const { run } = this;
+    this.stop();
+    await run?.over;
+  }
+
+  /** Writes down what answers have said so far: the page may be closing. */
+  keepRunning() {
+    for (const id of this.runs.keys()) if (this.conversations.has(id)) this.store.putAtOnce(this.conversations.get(id));
   }
 
   _request(conversation, parent, continued) {
@@ -221,12 +291,14 @@ export class Session extends EventTarget {
     const first = continued?.message ?? { role: "assistant", content: "" };
     for (const name of ["finish", "error", "isStopped", "usage", "seconds", "firstSeconds"]) delete first[name];
     if (this.model) first.model = this.models.find((model) => model.id === request.model)?.id ?? this.models[0].id;
+    first.isStopped = true; // unless it is seen to end: the page may be closed before
     const node = continued ?? append(conversation, parent, first);
     const run = { controller: new AbortController(), answer: new Answer(first), nodes: [node], saved: Date.now() };
+    run.over = new Promise((resolve) => { run.tellOver = resolve; });
     this.runs.set(conversation.id, run);
     this._tell("conversation", { isNew: true });
     this._tell("state");
-    this._save(conversation);
+    this._save(conversation, run.nodes);
     const began = performance.now();
     let firstAt = null;
     const changed = (answer) => {
@@ -235,12 +307,17 @@ export class Session extends EventTarget {
     };
     try {
       await this.api.chat(request, run.answer, { signal: run.controller.signal, changed });
+      delete run.answer.last.isStopped;
+      if (!this.models.length) this.askForModels(); // the server was not there when the page began
     } catch (error) {
       await this._failed(conversation, run, error);
     }
     const now = performance.now();
     const { last, usage } = run.answer;
-    if (usage) last.usage = usage;
+    if (usage) {
+      const { prompt_tokens, completion_tokens, total_tokens } = usage;
+      last.usage = { prompt_tokens, completion_tokens, total_tokens };
+    }
     if (firstAt !== null) Object.assign(last, { firstSeconds: (firstAt - began) / 1000, seconds: (now - firstAt) / 1000 });
     this._end(conversation, run);
   }
@@ -248,35 +325,38 @@ export class Session extends EventTarget {
   _progress(conversation, run) {
     while (run.nodes.length < run.answer.messages.length) {
       const before = run.nodes[run.nodes.length - 1].id;
-      run.nodes.push(append(conversation, before, run.answer.messages[run.nodes.length]));
+      delete run.answer.messages[run.nodes.length - 1].isStopped;
+      const next = run.answer.messages[run.nodes.length];
+      next.isStopped = true;
+      run.nodes.push(append(conversation, before, next));
       if (conversation === this.current) this._tell("conversation");
     }
     if (conversation === this.current) this._tell("progress");
     if (Date.now() - run.saved > SAVE_MILLISECONDS) {
       run.saved = Date.now();
-      this._save(conversation);
+      this._save(conversation, run.nodes);
     }
   }
 
   async _failed(conversation, run, error) {
     const { last } = run.answer;
     if (error.name === "AbortError") {
-      last.isStopped = true;
-      this._count(conversation, last);
+      this._count(conversation, run.nodes[run.nodes.length - 1]);
       return;
     }
+    delete last.isStopped;
     if (!(error instanceof ApiError || error instanceof StreamError)) console.error(error);
     last.error = problemOf(error);
     if (error.status === 401) this._tell("key", { isWrong: Boolean(preferences.key) });
   }
 
   /** A stopped answer brings no figures; the server counts what the context holds. */
-  async _count(conversation, message) {
+  async _count(conversation, node) {
     try {
       const total = await this.api.count(asked(path(conversation), conversation.settings.system), toolsOf(conversation.settings));
       if (!this.conversations.has(conversation.id)) return; // deleted meanwhile
-      message.usage = { total_tokens: total };
-      await this._save(conversation);
+      node.message.usage = { total_tokens: total };
+      await this._save(conversation, [node]);
       this._tell("state");
     } catch {
       // the meter keeps its last value
@@ -286,7 +366,8 @@ export class Session extends EventTarget {
   _end(conversation, run) {
     this.runs.delete(conversation.id);
     conversation.changed = Date.now();
-    if (this.conversations.has(conversation.id)) this._save(conversation); // else it was deleted meanwhile
+    if (this.conversations.has(conversation.id)) this._save(conversation, run.nodes); // else it was deleted meanwhile
+    run.tellOver();
     if (conversation === this.current) {
       this._tell("progress", { isOver: true, run });
       this._tell("conversation", { isOver: true });

@@ -30,7 +30,7 @@ function codeBlock(text, info, label) {
   const language = (info.trim().split(/\s+/)[0] ?? "").toLowerCase().replace(/[^\w+#.-]/g, "").slice(0, 30);
   const copy = h("button", { type: "button", class: "quiet small", "data-action": "copy-code", "data-t": "copy" }, label("copy"));
   const code = codeElement(text.replace(/\n$/, ""), language);
-  const area = h("pre", { tabindex: "0", role: "group", "aria-label": label("code"), "data-aria": "code" }, code);
+  const area = h("pre", { dir: "ltr", tabindex: "0", role: "group", "aria-label": label("code"), "data-aria": "code" }, code);
   return h("div", { class: "code-block" }, h("div", { class: "code-head" }, h("span", {}, language || label("code")), copy), area);
 }
 
@@ -51,12 +51,13 @@ function anchor(address, title, ...children) {
 
 /** The element that a token opens, and where its children go; null for tokens without an element of their own. */
 function opened(token) {
-  if (SIMPLE[token.type]) return token.hidden ? null : h(SIMPLE[token.type]);
+  const dir = token.level === 0 ? "auto" : null; // blocks within others follow those
+  if (SIMPLE[token.type]) return token.hidden ? null : h(SIMPLE[token.type], { dir: token.block ? dir : null });
   switch (token.type) {
     case "heading_open": // below the page's own headings
-      return h(`h${Math.min(6, Number(token.tag.slice(1)) + 2)}`, { class: `size-${token.tag.slice(1)}` });
+      return h(`h${Math.min(6, Number(token.tag.slice(1)) + 2)}`, { class: `size-${token.tag.slice(1)}`, dir });
     case "ordered_list_open":
-      return h("ol", { start: token.attrGet("start") });
+      return h("ol", { start: token.attrGet("start"), dir });
     case "th_open":
     case "td_open": {
       const alignment = ALIGNMENTS[token.attrGet("style")];
@@ -98,7 +99,7 @@ export function addTokens(target, tokens, label) {
     } else if (token.nesting === 0) {
       top.append(single(token, label));
     } else if (token.type === "table_open") {
-      const table = h("table");
+      const table = h("table", { dir: "auto" });
       const frame = { class: "table-frame", tabindex: "0", role: "group", "aria-label": label("table"), "data-aria": "table" };
       top.append(h("div", frame, table));
       open.push(table);

@@ -1,7 +1,7 @@
 // One message: its words, its calls, what can be done with it.
 
 import { h } from "../dom.js";
-import { textOf, versions } from "../keep/tree.js";
+import { isWhole, textOf, versions } from "../keep/tree.js";
 import { t } from "../lang/words.js";
 import { StreamedText } from "../text/streamed.js";
 import { copyText, fit, iconButton, isComposing } from "./parts.js";
@@ -43,7 +43,7 @@ function copyButton(message) {
 
 /** A form in place of a message of the reader; `whenDone` gets the new text, or null. */
 function editForm(message, whenDone) {
-  const area = h("textarea", { class: "edit-area", "aria-label": t("edit"), rows: "1" });
+  const area = h("textarea", { class: "edit-area", dir: "auto", "aria-label": t("edit"), rows: "1" });
   area.value = textOf(message);
   const form = h(
     "form", { class: "edit-form stack" }, area,
@@ -75,15 +75,15 @@ function editForm(message, whenDone) {
 export function readerMessage(conversation, node, actions) {
   const { message } = node;
   const isUser = message.role === "user";
-  const bubble = h("div", { class: "bubble" }, textOf(message));
+  const bubble = h("div", { class: "bubble", dir: "auto" }, textOf(message));
   const bar = h("div", { class: "actions" });
   const made = h("article", { class: `message ${isUser ? "reader" : "system"}`, "aria-label": t(isUser ? "you" : "system"), "data-node": node.id }, bubble, bar);
   const edit = () => {
     const { form, area } = editForm(message, (text) => {
       form.replaceWith(bubble);
       bar.hidden = false;
-      if (text === null) document.getElementById("ask").focus();
-      else actions.edit(node.id, text);
+      document.getElementById("ask").focus();
+      if (text !== null) actions.edit(node.id, text);
     });
     bubble.replaceWith(form);
     bar.hidden = true;
@@ -138,7 +138,7 @@ export class AnswerView {
     const { results, actions, isLast } = this._given;
     const calls = this.node.message.tool_calls ?? [];
     for (const call of calls.slice(this._numCalls)) {
-      const mayGive = isLast && !this.element.classList.contains("running") && call.id;
+      const mayGive = isLast && !this.element.classList.contains("running") && call.id && isWhole(call);
       this._cards.append(callCard(call, results.get(call.id), mayGive ? actions.giveResult : null, isLast));
     }
     this._numCalls = calls.length;
@@ -162,7 +162,7 @@ export class AnswerView {
     }
     const buttons = [
       turns, textOf(message) && copyButton(message),
-      iconButton("again", "regenerate", () => actions.regenerate(id)), goOn, figures(message),
+      !(message.error && isLast) && iconButton("again", "regenerate", () => actions.regenerate(id)), goOn, figures(message),
     ];
     this.element.append(h("div", { class: "actions" }, buttons.filter(Boolean)));
   }

@@ -7,6 +7,7 @@ import { language, LANGUAGES, setLanguage, t } from "../lang/words.js";
 import { openDialog } from "./dialogs.js";
 import { wordButton } from "./parts.js";
 
+const SETTINGS = "settings"; // where places of problems begin
 const COLOURS = ["system", "light", "dark"];
 
 /** Shows the page in the colours that were chosen; "system" follows the system. */
@@ -26,6 +27,7 @@ export function nextColours() {
 
 function field(key, control, hint = null) {
   control.id = `field-${key}`;
+  if (control.localName === "textarea") control.dir = "auto";
   const notes = hint && h("span", { class: "muted small-text", id: `hint-${key}`, "data-t": hint }, t(hint));
   if (hint) control.setAttribute("aria-describedby", `hint-${key}`);
   return h("div", { class: "field" }, h("label", { for: control.id, "data-t": `field_${key}` }, t(`field_${key}`)), control, notes);
@@ -50,7 +52,7 @@ function collected(form) {
   const given = {};
   for (const name of Object.keys(SAMPLING)) {
     const input = form.elements[name];
-    if (input.validity.badInput) throw new CheckError(t(`field_${name}`), input.validationMessage);
+    if (input.validity.badInput) throw new CheckError(`${SETTINGS}.${name}`, input.validationMessage);
     if (input.value !== "") given[name] = Number(input.value);
   }
   if (form.elements.model.value) given.model = form.elements.model.value;
@@ -62,11 +64,11 @@ function collected(form) {
     try {
       given.tools = JSON.parse(tools);
     } catch (error) {
-      throw new CheckError(t("field_tools"), error.message);
+      throw new CheckError(`${SETTINGS}.tools`, error.message);
     }
   }
   if (form.elements.interpreter.checked) given.interpreter = true;
-  return asSettings(given, t("settings"));
+  return asSettings(given, SETTINGS);
 }
 
 function modelField(session) {
@@ -111,24 +113,34 @@ function looks(redraw) {
   return h("div", { class: "grid" }, labelled("colours", colours), labelled("language", words));
 }
 
+/** Says beside its field what is wrong with it. */
+function showProblem(form, problem, { place, problem: plain, words }) {
+  const [, name, rest] = /^settings\.(\w+)(.*)$/.exec(place);
+  const control = form.elements[name];
+  control.setAttribute("aria-invalid", "true");
+  problem.textContent = t("settings_wrong", { place: t(`field_${name}`) + rest, problem: words ? t(...words) : plain });
+  problem.hidden = false;
+  control.closest(".field").append(problem);
+}
+
 /** Opens the settings of the conversation that is shown; each change counts at once. */
 export function showSettings(session) {
   if (document.querySelector("dialog[open]")) return;
   const form = h("form", { class: "stack settings", novalidate: true });
-  const problem = h("p", { class: "problem", role: "alert", hidden: true });
+  const problem = h("p", { class: "problem small-text", role: "alert", hidden: true });
   const body = h("div", { class: "stack" });
   const draw = () => {
     fill(form, session);
-    body.replaceChildren(form, problem, h("hr"), looks(draw));
+    body.replaceChildren(form, h("hr"), looks(draw));
   };
   const take = () => {
+    problem.hidden = true;
+    for (const each of form.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
     try {
       session.change(collected(form));
-      problem.hidden = true;
     } catch (error) {
       if (!(error instanceof CheckError)) throw error;
-      problem.textContent = t("settings_wrong", { place: error.place, problem: error.problem });
-      problem.hidden = false;
+      showProblem(form, problem, error);
     }
   };
   form.addEventListener("input", take);

@@ -83,7 +83,10 @@ export class Sidebar {
     }
     const shown = [...groups].map(([key, entries]) => h("section", { "aria-label": t(key) }, h("h2", {}, t(key)), h("ul", {}, entries)));
     if (!shown.length) shown.push(h("p", { class: "muted nothing" }, t(conversations.size ? "no_match" : "no_conversations")));
+    const focused = this._list.contains(document.activeElement) ? document.activeElement : null;
+    const [id, isMenu] = [focused?.closest("li")?.dataset.id, focused?.classList.contains("icon-button")];
     this._list.replaceChildren(...shown);
+    if (id) this._list.querySelector(`[data-id="${CSS.escape(id)}"] ${isMenu ? ".icon-button" : ".entry-name"}`)?.focus();
   }
 
   _entry(conversation) {
@@ -95,11 +98,11 @@ export class Sidebar {
       if (this._narrow.matches) this.toggle(false);
     };
     const isRunning = this._session.runs.has(id);
-    const name = { type: "button", class: "entry-name", title, "aria-current": isCurrent ? "true" : null, on: { click: open } };
+    const name = { type: "button", class: "entry-name", dir: "auto", title, "aria-current": isCurrent ? "true" : null, on: { click: open } };
     const menu = iconButton("more", "more", (event) => this._openMenu(event.currentTarget, conversation), { "aria-haspopup": "menu" });
     for (const attribute of ["aria-label", "title"]) menu.setAttribute(attribute, t("menu", { title }));
     menu.removeAttribute("data-tip");
-    return h("li", { class: `entry${isCurrent ? " current" : ""}` }, h("button", name, title), isRunning && h("i", { class: "pulse" }), menu);
+    return h("li", { class: `entry${isCurrent ? " current" : ""}`, "data-id": id }, h("button", name, title), isRunning && h("i", { class: "pulse" }), menu);
   }
 
   _openMenu(button, conversation) {
@@ -157,7 +160,8 @@ export class Sidebar {
       await this._session.add(found);
       notice(t("added", { count: found.length }));
     } catch (error) {
-      notice(t("import_failed", { place: error.place ?? "", problem: error.problem ?? error.message }), true);
+      const problem = error.name === "QuotaExceededError" ? t("store_full") : error.problem ?? error.message;
+      notice(t("import_failed", { place: error.place ? `${error.place}: ` : "", problem }), true);
     }
   }
 }

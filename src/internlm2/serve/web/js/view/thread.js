@@ -71,17 +71,34 @@ export class Thread {
     if (isNew) this._live.replaceChildren(h("p", {}, t("answer_begins")));
     const shown = nodes.filter(({ message }) => message.role !== "tool" || !called.has(message.tool_call_id));
     this._running = null;
-    for (const node of shown) kept.set(node.id, this._drawn(node, { results, run, isLast: this._isLast(nodes, node) }));
+    const lastAnswer = nodes.findLastIndex(({ message }) => message.role !== "tool"); // results of tools do not count
+    for (const node of shown) kept.set(node.id, this._drawn(node, { results, run, isLast: nodes.indexOf(node, lastAnswer) >= 0 }));
     this._kept = kept;
-    this._list.replaceChildren(...[...kept.values()].map(({ element }) => element));
+    this._place([...kept.values()].map(({ element }) => element));
     document.getElementById("empty").hidden = nodes.length > 0;
     if (nodes.length === 0) this._scroll.scrollTop = 0;
     else if (isNew || isOther || (this._isFollowing && !isOver)) this.toEnd();
   }
 
-  /** Whether no answer follows: results of tools do not count. */
-  _isLast(nodes, node) {
-    return nodes.slice(nodes.indexOf(node) + 1).every(({ message }) => message.role === "tool");
+  /** Shows the elements in their order. One that stays is not moved: it keeps its focus, selection and scroll. */
+  _place(elements) {
+    const focused = this._list.contains(document.activeElement) ? document.activeElement : null;
+    const [row, tip] = [[...this._list.children].indexOf(focused?.closest(".message")), focused?.dataset.tip];
+    const wanted = new Set(elements);
+    for (const child of [...this._list.children]) if (!wanted.has(child)) child.remove();
+    let next = this._list.firstChild;
+    for (const each of elements) {
+      if (each === next) next = next.nextSibling;
+      else this._list.insertBefore(each, next);
+    }
+    if (focused && !focused.isConnected) this._focusAgain(elements[row], tip);
+  }
+
+  /** Goes to the button that took the place of the one that had the focus, else to one beside it, else to the field. */
+  _focusAgain(element, tip) {
+    const enabled = [...(element?.querySelectorAll(".actions button:enabled") ?? [])];
+    const found = enabled.find((each) => each.dataset.tip === tip) ?? enabled.find((each) => each.closest(".versions")) ?? enabled[0];
+    (found ?? document.getElementById("ask")).focus({ preventScroll: true });
   }
 
   _drawn(node, { results, run, isLast }) {

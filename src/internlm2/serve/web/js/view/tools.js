@@ -1,14 +1,13 @@
 // Calls of tools and what came out of them: foldable, with text, code and pictures.
 
 import { h } from "../dom.js";
-import { picturesOf, textOf } from "../keep/tree.js";
+import { CODE_TOOLS, picturesOf, textOf } from "../keep/tree.js";
 import { t } from "../lang/words.js";
 import { codeElement } from "../text/code.js";
 import { safePicture } from "../text/links.js";
 import { icon } from "./icons.js";
 import { fit, isComposing, wordButton } from "./parts.js";
 
-const CODE_TOOLS = new Set(["python", "code_interpreter", "interpreter"]);
 const LONG_OUTPUT = 2000; // characters; longer outputs begin folded
 
 function parsed(text) {
@@ -27,7 +26,7 @@ function block(key, shown) {
 function given(call) {
   const { name, arguments: text } = call.function;
   const found = parsed(text);
-  if (CODE_TOOLS.has(name) && typeof found?.code === "string") return block("code", codeElement(found.code, "python"));
+  if (CODE_TOOLS.has(name) && typeof found?.code === "string") return block("code_of_call", codeElement(found.code, "python"));
   return block("arguments", codeElement(found === null ? text : JSON.stringify(found, null, 2), "json"));
 }
 

@@ -1,0 +1,1 @@
+"""The race against other engines: what `benchmarks/race.py` is made of."""
