@@ -13,7 +13,7 @@ test: .venv/.ready
 	.venv/bin/pytest -n auto --maxprocesses 4
 
 test-slow: .venv/.ready
-	.venv/bin/pip install -q -c constraints.txt -e '.[dev,ray]'
+	.venv/bin/pip install -q -c constraints.txt -e '.[dev,ray,gpu]'
 	.venv/bin/pytest -m slow
 
 lint: .venv/.ready

@@ -172,7 +172,7 @@ def cache(
     clear: Annotated[bool, Parameter(help="Remove them all.", negative=())] = False,
     json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
 ) -> None:
-    """Show or remove the packed weights that are kept so that `--quantization` starts quickly."""
+    """Show or remove the packed weights that are kept so that models start quickly."""
     from internlm2.checkpoint.load_packed import default_cache
     from internlm2.checkpoint.packed_cache import MAX_CACHE_BYTES
 
