@@ -97,7 +97,8 @@ def test_a_text_shorter_than_the_matrix_is_wide_and_dead_columns_are_fine():
     found = round_calibrated(weight, FORMATS[0], 32, statistics_of(x)).values()
     assert found.isfinite().all()
     assert (found[3] == 0).all()
-    assert (found[:, 5] - weight[:, 5]).abs().max() < 0.4
+    # As every weight: a step and what clipping takes (test_weight.py has the same bound).
+    assert ((found[:, 5] - weight[:, 5]).abs() <= 0.36 * weight[:, :32].abs().amax(1)).all()
 
 
 def test_inputs_that_are_not_finite_are_told():

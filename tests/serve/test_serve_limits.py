@@ -249,7 +249,7 @@ def test_the_end_of_a_request_lets_everything_go_that_it_held(slow):
             exchange.streams.append(
                 await twin.open_stream("Hello", SamplingParams(max_tokens=300, ignore_eos=True))
             )
-            assert slow.frontend._streams
+            await asyncio.to_thread(wait_for, lambda: slow.frontend._streams)
             assert gate.num_open == 3
             await exchange.close()
             assert not exchange.streams[0]._waiter.tickets[0].is_done
