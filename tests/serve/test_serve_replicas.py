@@ -63,6 +63,11 @@ def replica_ids() -> list[int]:
     return found
 
 
+def chat(url: str, messages: list[dict[str, str]]):
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    return client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0)
+
+
 def ask(url: str, num_tokens: int) -> str:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     answer = client.chat.completions.create(
@@ -71,15 +76,10 @@ def ask(url: str, num_tokens: int) -> str:
     return answer.choices[0].message.content
 
 
-def counted(url: str) -> set[str]:
-    """Answers as each replica counts them: every question of the counters goes to one or the other."""
+def counted(url: str, name: str = "internlm2_output_tokens_total") -> set[str]:
+    """A counter of each replica: every question of the counters goes to one or the other."""
     texts = [httpx2.get(f"{url}/metrics", timeout=30).text for _ in range(20)]
-    return {
-        line
-        for text in texts
-        for line in text.splitlines()
-        if line.startswith("internlm2_output_tokens_total")
-    }
+    return {line for text in texts for line in text.splitlines() if line.startswith(name)}
 
 
 def test_both_replicas_answer_the_same(served):
@@ -109,6 +109,22 @@ def test_streams_come_in_pieces_and_errors_keep_their_shape(served):
     assert "".join(p.choices[0].delta.content or "" for p in pieces) == ask(url, 20)
     with pytest.raises(APIError, match="Did you mean 'max_tokens'"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"max_token": 3})
+
+
+def test_turns_of_a_conversation_find_their_prefix_and_conversations_use_both_replicas(served):
+    url, _, _ = served
+    before = counted(url, "internlm2_prompt_tokens_total")
+    conversations = [[{"role": "user", "content": f"{index}: {'a long story ' * 8}"}] for index in range(12)]
+    for _ in range(2):
+        for messages in conversations:
+            answer = chat(url, messages)
+            if len(messages) > 1:
+                assert answer.usage.prompt_tokens_details.cached_tokens > 90
+            text = answer.choices[0].message.content
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Go on."}]
+    after = counted(url, "internlm2_prompt_tokens_total")
+    assert len(after) == 2
+    assert after.isdisjoint(before)
 
 
 def test_a_client_that_leaves_ends_its_answer(served):

@@ -1,7 +1,8 @@
 """Several copies of the server behind one address, by Ray Serve: on this machine, or on a cluster that Ray knows.
 
 Each replica is a process with its own model and the same application; Ray's proxy spreads requests over them, starts
-a replica again that has died, and lets open answers end before it stops one. The only file that imports Ray Serve.
+a replica again that has died, and lets open answers end before it stops one. Only this file and ray_router.py import
+Ray Serve.
 """
 
 import logging
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp
 from internlm2.engine.llm import LLM
 from internlm2.engine.reward import RewardScorer
 from internlm2.errors import ConfigError, MissingDependencyError
+from internlm2.serve import conversation
 from internlm2.serve.app import create_app
 from internlm2.serve.server import bind
 from internlm2.serve.service import Service
@@ -74,6 +76,7 @@ def serve_replicas(plan: ReplicaPlan, *, on_ready: Callable[[str], None]) -> Non
     try:
         import ray
         from ray import serve
+        from ray.serve.config import RequestRouterConfig
     except ImportError as error:
         raise MissingDependencyError(
             f"Replicas need {error.name}, which is not installed. Install it with: pip install 'internlm2[ray]'"
@@ -87,7 +90,7 @@ def serve_replicas(plan: ReplicaPlan, *, on_ready: Callable[[str], None]) -> Non
         logging_level=logging.WARNING,
         configure_logging=False,
         log_to_driver=True,
-        runtime_env={"env_vars": {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "3000")}},
+        runtime_env={"env_vars": _variables()},
     )
     before = signal.signal(signal.SIGTERM, _end)  # Ray's own would abort
     try:
@@ -107,6 +110,9 @@ def serve_replicas(plan: ReplicaPlan, *, on_ready: Callable[[str], None]) -> Non
             max_ongoing_requests=settings.max_running + settings.max_queue + 16,  # the gate refuses before
             graceful_shutdown_timeout_s=settings.drain_seconds,
             ray_actor_options={"num_cpus": plan.num_cpus, "num_gpus": plan.num_gpus},
+            request_router_config=RequestRouterConfig(
+                request_router_class="internlm2.serve.ray_router:ConversationRouter"
+            ),
         )
         try:
             serve.run(deployment.bind(plan), name=_APPLICATION, route_prefix="/")
@@ -132,6 +138,17 @@ def _guard_local_cluster() -> None:
     if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _variables() -> dict[str, str]:
+    """The environment of Ray's processes. The proxy reads from it what to put around itself, and names its sessions."""
+    callback = conversation.proxy_middlewares
+    return {
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "3000"),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{callback.__module__}.{callback.__name__}",
+        "RAY_SERVE_SESSION_ID_HEADER_KEY": conversation.HEADER,
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # of 5: a busy machine starts the proxy slowly
+    }
 
 
 class _EndedError(Exception):

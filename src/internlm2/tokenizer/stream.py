@@ -74,6 +74,11 @@ class StopStrings:
         self.matched: str | None = None
         self.rest = ""  # what followed the stop string in the text that completed it
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether text is held back that may become a stop string."""
+        return bool(self._held)
+
     def push(self, text: str) -> str:
         """Add text; return what can be shown. After a match (`matched` is set) nothing more comes."""
         if self.matched is not None:

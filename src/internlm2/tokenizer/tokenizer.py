@@ -16,8 +16,9 @@ from internlm2.tokenizer import special
 from internlm2.tokenizer.chat.format import ChatTokens, Segment, render
 from internlm2.tokenizer.chat.message import Message, Tool
 from internlm2.tokenizer.chat.parse import AssistantParser, AssistantTurn
+from internlm2.tokenizer.chat.spelled import spell, spelled_markers
 from internlm2.tokenizer.sentencepiece_backend import SentencePieceBackend
-from internlm2.tokenizer.special import IM_START, SpecialTokens
+from internlm2.tokenizer.special import SpecialTokens
 from internlm2.tokenizer.stream import StreamDecoder, unknown_id
 from internlm2.tokenizer.tokenizers_backend import TokenizersBackend
 
@@ -314,11 +315,11 @@ class Tokenizer:
             continue_final=continue_final,
             whole_turns=whole_turns,
         )
+        segments = spell(segments, spelled_markers(self.specials.ids))
         missing = {s.text for s in segments if s.is_special and s.text not in self.specials.ids}
         if missing:
             raise ChatError(
-                f"This vocabulary has no {', '.join(sorted(missing))}, which "
-                f"{'chat needs' if IM_START in missing else 'these messages or tools need'}. "
+                f"This vocabulary has no {', '.join(sorted(missing))}, which chat needs. "
                 "Use a chat model's folder, or give a plain prompt to encode()."
             )
         return segments

@@ -39,16 +39,14 @@ def opening(tokenizer: Tokenizer, tools: Sequence[Mapping[str, object]], choice:
     plugins = [p for p in toolset.plugins if choice.name is None or p["name"] == choice.name]
     wants_code = choice.name is None or choice.name in INTERPRETER_CALLS or choice.name == INTERPRETER_TOOL
     if not plugins and toolset.has_interpreter and wants_code:
-        ids = tokenizer.specials.ids
-        return Opening((ids[ACTION_START], ids[INTERPRETER], *tokenizer.encode("\n```python\n")), None)
+        return Opening(_ids(tokenizer, f"{ACTION_START}{INTERPRETER}\n```python\n"), None)
     if not plugins:
         known = ", ".join(repr(plugin["name"]) for plugin in toolset.plugins) or "none"
         what = "a call is required" if choice.name is None else f"the tool {choice.name!r} is to be called"
         raise RequestError(f"By tool_choice {what}, but the tools are: {known}. Add it to tools.")
-    return Opening(plugin_ids(tokenizer), schema_of_calls(plugins))
+    return Opening(_ids(tokenizer, f"{ACTION_START}{PLUGIN}\n"), schema_of_calls(plugins))
 
 
-def plugin_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens before the JSON of a call."""
-    ids = tokenizer.specials.ids
-    return (ids[ACTION_START], ids[PLUGIN], *tokenizer.encode("\n"))
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Markers that the vocabulary has as control tokens, the others spelled."""
+    return tuple(tokenizer.encode(text, allow_special=True))

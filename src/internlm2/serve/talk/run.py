@@ -5,7 +5,7 @@ by several requests, each going on where the last one ended; the prefix cache ke
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from enum import Enum, auto
@@ -20,7 +20,7 @@ from internlm2.serve.guard import Exchange
 from internlm2.serve.talk.ask import Ask, check_length
 from internlm2.serve.talk.reader import CallReader, Delta, TokenReport
 from internlm2.tokenizer import Tokenizer
-from internlm2.tokenizer.special import ACTION_END, ACTION_START, PLUGIN
+from internlm2.tokenizer.special import ACTION_END, ACTION_START
 
 _NEXT_SEED = 1_000_003  # a later part of an answer must not repeat the draws of the one before
 
@@ -28,7 +28,7 @@ _NEXT_SEED = 1_000_003  # a later part of an answer must not repeat the draws of
 class _Part(Enum):
     """What the engine writes now."""
 
-    PEEK = auto()  # one token, which shows whether the model calls a tool or answers in the fixed form
+    PEEK = auto()  # a token, or a spelled marker, which shows whether it calls a tool or answers in the form
     FORM = auto()  # text in the fixed form of the request
     FREE = auto()  # text and calls as the model likes
     CALL = auto()  # the rest of a call, by its schema
@@ -108,8 +108,11 @@ class _Answer:
         self.is_part_over = False
         self.reason: FinishReason | None = None
         self._ask = ask
-        self._special = tokenizer.specials.ids
-        self._line_break = tokenizer.encode("\n")
+        self._tokenizer = tokenizer
+        # One control token, or the marker as the vocabulary spells it.
+        self._start_ids = tokenizer.encode(ACTION_START, allow_special=True)
+        self._end_ids = tokenizer.encode(ACTION_END, allow_special=True)
+        self._peeked: list[tuple[int, TokenLogprobs | None]] = []
         self._reader = CallReader(tokenizer, stop=ask.params.stop, sample=sample)
         self._part = _Part.PEEK if ask.has_form else _Part.FREE
         self._num_used = 0
@@ -127,7 +130,9 @@ class _Answer:
         """How the engine writes the part that begins now."""
         self.is_part_over = False
         given, self._num_parts = self._ask.params, self._num_parts + 1
-        max_tokens = 1 if self._part is _Part.PEEK else given.max_tokens - self._num_used
+        max_tokens = given.max_tokens - self._num_used
+        if self._part is _Part.PEEK:  # a spelled marker has at most a token for each letter
+            max_tokens = min(max_tokens, 1 if self._has_control_tokens else len(ACTION_START))
         seed = given.seed
         if seed is not None:
             seed = (seed + self.sample + _NEXT_SEED * (self._num_parts - 1)) % (1 << 63)
@@ -139,13 +144,21 @@ class _Answer:
             params = replace(params, json_schema=None, regex=None, choice=())
         if self._part is not _Part.CALL:
             return params
-        if (
-            self._ask.opening is not None and self._ask.opening.json_schema is None
-        ):  # code, to the end of the call
-            return replace(params, stop_token_ids=(*params.stop_token_ids, self._special[ACTION_END]))
+        if self._schema_of_call is not None:
+            return replace(params, json_schema=self._schema_of_call, ignore_eos=False)
+        if self._has_control_tokens:  # code, to the end of the call
+            return replace(params, stop_token_ids=(*params.stop_token_ids, *self._end_ids))
+        return params  # the reader finds the spelled end
+
+    @property
+    def _schema_of_call(self) -> Mapping[str, object] | None:
+        """What holds the call that is being written; None: code, which is free."""
         opened = self._ask.opening
-        schema = self._ask.call_schema if opened is None else opened.json_schema
-        return replace(params, json_schema=schema, ignore_eos=False)
+        return self._ask.call_schema if opened is None else opened.json_schema
+
+    @property
+    def _has_control_tokens(self) -> bool:
+        return ACTION_START in self._tokenizer.specials.ids
 
     def take(self, piece: Piece) -> list[Delta]:
         """What a piece of the engine brings. Tokens after the end of a part are left out."""
@@ -162,24 +175,43 @@ class _Answer:
         return self._end("length")
 
     def _take(self, token: int, logprobs: TokenLogprobs | None) -> list[Delta]:
-        if self._part is _Part.PEEK and token != self._special[ACTION_START]:
-            self._go(_Part.FORM)
-            return []
+        if self._part is _Part.PEEK:
+            return self._peek(token, logprobs)
         self._num_used += 1
         self.ids.append(token)
-        deltas = self._reader.push(token, logprobs)
-        if self._part is _Part.PEEK:
-            self._go(_Part.FREE)
-        elif self._reader.is_stopped or self._has_all_calls:
+        was_in_plugin = self._reader.is_in_plugin
+        is_payload = self._part is _Part.CALL and self._schema_of_call is not None
+        deltas = self._reader.push(token, logprobs, is_payload=is_payload)
+        if self._reader.is_stopped or self._has_all_calls:
             self._over("stop")
-        elif self._begins_bound_call(token):
-            self._go(_Part.CALL)
-            self._give(self._line_break)
+        elif self._reader.is_in_plugin and not was_in_plugin and self._binds_calls:
+            self._begin_bound_call(token)
         return deltas
 
-    def _begins_bound_call(self, token: int) -> bool:
-        is_plugin = self._reader.is_in_call and token == self._special[PLUGIN]
-        return self._part is _Part.FREE and self._ask.call_schema is not None and is_plugin
+    def _peek(self, token: int, logprobs: TokenLogprobs | None) -> list[Delta]:
+        """Take the beginning of an answer if it begins a call; leave it out if the fixed form decides."""
+        self._peeked.append((token, logprobs))
+        ids = [each for each, _ in self._peeked]
+        text = "" if self._has_control_tokens else self._tokenizer.decode(ids)
+        if ids == self._start_ids or text.startswith(ACTION_START):
+            self._go(_Part.FREE)
+            return [delta for each in self._peeked for delta in self._take(*each)]
+        if not text or not ACTION_START.startswith(text):
+            self._go(_Part.FORM)
+        return []
+
+    @property
+    def _binds_calls(self) -> bool:
+        return self._part is _Part.FREE and self._ask.call_schema is not None
+
+    def _begin_bound_call(self, token: int) -> None:
+        """Go on by the schema, right behind the markers."""
+        dropped = self._reader.drop_payload()
+        if dropped:  # letters that shared a token with the end of a spelled marker
+            written = self._tokenizer.token_bytes[token].decode(errors="ignore").removesuffix(dropped)
+            self.ids[-1:] = self._tokenizer.encode(written)
+        self._go(_Part.CALL)
+        self._give(self._tokenizer.encode("\n"))
 
     @property
     def _has_all_calls(self) -> bool:
@@ -187,11 +219,11 @@ class _Answer:
 
     def _end(self, reason: FinishReason) -> list[Delta]:
         """The engine has ended this part."""
-        if self._part is _Part.PEEK and reason == "stop":  # at once: the form may not allow that
+        if self._part is _Part.PEEK and (reason == "stop" or self._peeked):  # the form may not allow that
             self._go(_Part.FORM)
             return []
         if self._part is _Part.CALL and reason == "stop":
-            self.ids.append(self._special[ACTION_END])
+            self.ids.extend(self._end_ids)
             deltas = self._reader.close_call()
             if self._ask.opening is not None or self._has_all_calls:
                 self._over("stop")

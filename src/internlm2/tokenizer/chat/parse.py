@@ -1,17 +1,18 @@
 """Reads what the assistant says: text, plugin calls, code to run. The counterpart of format.py.
 
 Control tokens decide, not their spelling: from ids, a call begins only at the real `<|action_start|>`.
-Where only text is at hand (another server), `AssistantTextParser` finds the markers, also when they are
-split over chunks. A call that cannot be read is kept as `InvalidCall` with all of its text.
+Where only text is at hand (another server), or the vocabulary lacks a marker, its spelling counts; it is
+found also when it is split over chunks. A call that cannot be read is kept as `InvalidCall` with its text.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Protocol
 
 from internlm2.tokenizer.chat.message import CodeCall, PluginCall, json_text
+from internlm2.tokenizer.chat.spelled import spelled_markers
 from internlm2.tokenizer.special import ACTION_END, ACTION_START, IM_END, INTERPRETER, PLUGIN
 from internlm2.tokenizer.stream import StopStrings, StreamDecoder
 
@@ -79,14 +80,15 @@ class SpeaksIds(Protocol):
 
 
 class _Machine:
-    """The states shared by both parsers: in text, or inside a call."""
+    """The states shared by both parsers: in text, or inside a call. kind: the marker that a call began with."""
 
     def __init__(self) -> None:
         self.ended = False
+        self.kind: str | None = None
         self._texts: list[str] = []
         self._calls: list[Call] = []
+        self._new: list[str | Call] = []
         self._raw: list[str] | None = None  # the call so far, as written
-        self._kind: str | None = None
         self._payload: list[str] = []
 
     @property
@@ -94,38 +96,53 @@ class _Machine:
         """What was read so far."""
         return AssistantTurn("".join(self._texts), tuple(self._calls))
 
-    def text(self, text: str) -> str:
-        """Take plain text; return what belongs to the answer's text."""
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call is open."""
+        return self._raw is not None
+
+    def drain(self) -> list[str | Call]:
+        """Texts and calls that are new, in order."""
+        new, self._new = self._new, []
+        return new
+
+    def text(self, text: str) -> None:
+        """Take plain text."""
         if self.ended or not text:
-            return ""
+            return
         if self._raw is None:
             self._texts.append(text)
-            return text
-        self._raw.append(text)
-        self._payload.append(text)
-        return ""
+            self._new.append(text)
+        else:
+            self._raw.append(text)
+            self._payload.append(text)
 
-    def marker(self, name: str) -> str:
-        """Take a control token; return text if it means nothing here."""
+    def marker(self, name: str) -> None:
+        """Take a marker; where it means nothing it is text."""
         if self.ended:
-            return ""
+            return
         if name == ACTION_START:
             self._close("the next call began before <|action_end|>")
-            self._raw, self._kind, self._payload = [name], None, []
-            return ""
-        if name == IM_END:
+            self._raw, self._payload = [name], []
+        elif name == IM_END:
             self.end()
-            return ""
-        if self._raw is None:
-            return self.text(name)
-        self._raw.append(name)
-        if name == ACTION_END:
-            self._close(None)
-        elif self._kind is None and not self._payload:
-            self._kind = name
+        elif self._raw is None:
+            self.text(name)
         else:
-            self._payload.append(name)
-        return ""
+            self._raw.append(name)
+            if name == ACTION_END:
+                self._close(None)
+            elif self.kind is None and not self._payload:
+                self.kind = name
+            else:
+                self._payload.append(name)
+
+    def drop_payload(self) -> str:
+        """Forget what stands behind the markers of the open call, and return it."""
+        dropped, self._payload = "".join(self._payload), []
+        if self._raw is not None:
+            self._raw = ["".join(self._raw).removesuffix(dropped)]
+        return dropped
 
     def end(self) -> None:
         """The answer is over."""
@@ -136,8 +153,83 @@ class _Machine:
         if self._raw is None:
             return
         raw, payload = "".join(self._raw), "".join(self._payload)
-        self._raw = None
-        self._calls.append(InvalidCall(raw, problem) if problem else _read_call(self._kind, payload, raw))
+        call = InvalidCall(raw, problem) if problem else _read_call(self.kind, payload, raw)
+        self._raw = self.kind = None
+        self._calls.append(call)
+        self._new.append(call)
+
+
+class AssistantTextParser:
+    """Parses an answer from text that spells its markers, in chunks of any size."""
+
+    def __init__(self, markers: Collection[str] = _MARKERS) -> None:
+        """markers: those that are looked for."""
+        self._machine = _Machine()
+        self._names = tuple(markers)
+        self._markers = StopStrings(self._names)
+
+    @property
+    def turn(self) -> AssistantTurn:
+        """What was read so far."""
+        return self._machine.turn
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end of the answer was seen."""
+        return self._machine.ended
+
+    @property
+    def kind(self) -> str | None:
+        """The marker behind `<|action_start|>` while a call is open."""
+        return self._machine.kind
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call is open."""
+        return self._machine.is_in_call
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether text is held back that may become a marker."""
+        return self._markers.is_holding
+
+    def push(self, text: str) -> str:
+        """Add text; return the answer's new text, without calls."""
+        return _texts(self.read(text))
+
+    def read(self, text: str, *, is_payload: bool = False) -> list[str | Call]:
+        """Add text; return new texts and calls in order. is_payload: no marker is looked for in it."""
+        if is_payload:
+            self._machine.text(self._markers.finish() + text)
+            return self._machine.drain()
+        while text:
+            self._machine.text(self._markers.push(text))
+            if self._markers.matched is None:
+                break
+            self._machine.marker(self._markers.matched)
+            text, self._markers = self._markers.rest, StopStrings(self._names)
+        return self._machine.drain()
+
+    def read_marker(self, name: str) -> list[str | Call]:
+        """Add a marker that is certain."""
+        self._machine.text(self._markers.finish())
+        self._machine.marker(name)
+        return self._machine.drain()
+
+    def drop_payload(self) -> str:
+        """Forget what stands behind the markers of the open call, and return it."""
+        self._machine.text(self._markers.finish())
+        return self._machine.drop_payload()
+
+    def finish(self) -> str:
+        """No more text comes: a call without its end becomes an InvalidCall."""
+        return _texts(self.read_rest())
+
+    def read_rest(self) -> list[str | Call]:
+        """As `finish`; returns new texts and calls in order."""
+        self._machine.text(self._markers.finish())
+        self._machine.end()
+        return self._machine.drain()
 
 
 class AssistantParser:
@@ -147,70 +239,69 @@ class AssistantParser:
         self._markers = {i: name for name, i in tokenizer.special_tokens.items() if name in _MARKERS}
         self._stop_ids = tokenizer.stop_ids
         self._stream = tokenizer.stream()
-        self._machine = _Machine()
+        self._text = AssistantTextParser(spelled_markers(tokenizer.special_tokens))
 
     @property
     def turn(self) -> AssistantTurn:
         """What was read so far."""
-        return self._machine.turn
+        return self._text.turn
 
     @property
     def ended(self) -> bool:
         """Whether the end of the answer was seen; ids after it are no part of it."""
-        return self._machine.ended
+        return self._text.ended
+
+    @property
+    def kind(self) -> str | None:
+        """The marker behind `<|action_start|>` while a call is open."""
+        return self._text.kind
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call is open."""
+        return self._text.is_in_call
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether text is held back that may become a spelled marker."""
+        return self._text.is_holding
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Add ids; return the answer's new text, without calls."""
-        shown: list[str] = []
+        return _texts(self.read(ids))
+
+    def read(self, ids: int | Iterable[int], *, is_payload: bool = False) -> list[str | Call]:
+        """Add ids; return new texts and calls in order. is_payload: markers that they spell are text."""
+        new: list[str | Call] = []
         for i in map(index, [ids] if isinstance(ids, int) else ids):
-            if self._machine.ended:
+            if self.ended:
                 break
             if i in self._stop_ids or i in self._markers:
-                shown.append(self._flush())
-                name = IM_END if i in self._stop_ids else self._markers[i]
-                shown.append(self._machine.marker(name))
+                new += self.read_marker(IM_END if i in self._stop_ids else self._markers[i])
             else:
-                shown.append(self._machine.text(self._stream.push(i)))
-        return "".join(shown)
+                new += self._text.read(self._stream.push(i), is_payload=is_payload)
+        return new
+
+    def read_marker(self, name: str) -> list[str | Call]:
+        """Add a marker by its name."""
+        return self._text.read(self._stream.finish()) + self._text.read_marker(name)
+
+    def drop_payload(self) -> str:
+        """Forget what stands behind the markers of the open call, and return it."""
+        self._stream.finish()
+        return self._text.drop_payload()
 
     def finish(self) -> str:
         """No more ids come: a call without its end becomes an InvalidCall."""
-        text = self._flush()
-        self._machine.end()
-        return text
+        return _texts(self.read_rest())
 
-    def _flush(self) -> str:
-        return self._machine.text(self._stream.finish())
+    def read_rest(self) -> list[str | Call]:
+        """As `finish`; returns new texts and calls in order."""
+        return self._text.read(self._stream.finish()) + self._text.read_rest()
 
 
-class AssistantTextParser:
-    """Parses an answer from text that spells its markers, in chunks of any size."""
-
-    def __init__(self) -> None:
-        self._machine = _Machine()
-        self._markers = StopStrings(_MARKERS)
-
-    @property
-    def turn(self) -> AssistantTurn:
-        """What was read so far."""
-        return self._machine.turn
-
-    def push(self, text: str) -> str:
-        """Add text; return the answer's new text, without calls."""
-        shown: list[str] = []
-        while text:
-            shown.append(self._machine.text(self._markers.push(text)))
-            if self._markers.matched is None:
-                break
-            shown.append(self._machine.marker(self._markers.matched))
-            text, self._markers = self._markers.rest, StopStrings(_MARKERS)
-        return "".join(shown)
-
-    def finish(self) -> str:
-        """No more text comes: a call without its end becomes an InvalidCall."""
-        text = self._machine.text(self._markers.finish())
-        self._machine.end()
-        return text
+def _texts(new: Iterable[str | Call]) -> str:
+    return "".join(each for each in new if isinstance(each, str))
 
 
 def _read_call(kind: str | None, payload: str, raw: str) -> Call:
