@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import random_checkpoint, small_config
 
 from folders import write_chat_folder
-from internlm2.checkpoint import inference
+from internlm2.checkpoint import inference, memory
 from internlm2.checkpoint.inference import choose_for, choose_weights, load_for_inference, weight_bytes
 from internlm2.checkpoint.load import load_model
+from internlm2.checkpoint.load_gpu import load_gpu_checkpoint
 from internlm2.checkpoint.load_packed import load_packed_checkpoint
 from internlm2.checkpoint.memory import count_parameters
 from internlm2.checkpoint.open import open_checkpoint
@@ -63,7 +65,7 @@ def test_bfloat16_is_packed_where_the_kernels_have_vectors(level, packed, why):
         ({"dtype": "float32", "is_quantized": True}, "own", "the files are quantised"),
         ({"needs_plain": "an adapter"}, None, "an adapter needs them so"),
         ({"needs_plain": "an adapter", "is_quantized": True}, None, "an adapter needs them so"),
-        ({"wanted": None}, None, "as asked for"),
+        ({"wanted": "none"}, None, "as asked for"),
         ({"wanted": "none", "is_quantized": True}, None, "as asked for"),
         ({"wanted": "int4"}, "int4", "as asked for"),
         ({"wanted": "int8", "dtype": "float32", "is_quantized": True}, "int8", "as asked for"),
@@ -127,6 +129,24 @@ def test_all_weights_are_counted_packed_or_not(folder):
     assert weight_bytes(load_model(folder, dtype="bfloat16")) == 2 * total
     packed = load_packed_checkpoint(checkpoint, dtype="bfloat16", quantization="bfloat16")
     assert 2 * total <= weight_bytes(packed) < 2.2 * total  # rows and columns are padded to 32
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(("place", "kind"), [
+    *(("cpu", kind) for kind in ("bfloat16", "int8", "int4")), *(("gpu", kind) for kind in ("int8", "int4", "fp8")),
+])  # fmt: skip
+def test_what_a_model_will_take_is_known_before_it_is_loaded(place, kind, is_tied, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "check_fits", lambda needed, **_: asked.append(needed))
+    config = small_config(
+        vocab_size=4096, hidden_size=192, intermediate_size=256, head_dim=32, tie_word_embeddings=is_tied
+    )
+    checkpoint = random_checkpoint(config)
+    if place == "gpu":
+        model = load_gpu_checkpoint(checkpoint, dtype="bfloat16", device="cpu", quantization=kind)
+    else:
+        model = load_packed_checkpoint(checkpoint, dtype="bfloat16", quantization=kind)
+    assert asked == [pytest.approx(weight_bytes(model), rel=0.03)]
 
 
 class Watched:

@@ -5,6 +5,7 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import quantized_folders
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from goldens import golden_folder
 from internlm2.checkpoint import describe as describe_module
 from internlm2.checkpoint.describe import describe
+from internlm2.checkpoint.inference import choose_weights
 from internlm2.checkpoint.memory import available_on
 from internlm2.checkpoint.plan import (
     KV_DTYPES,
@@ -346,6 +348,17 @@ class TestDescribe:
         assert "made for 32,768 tokens" in describe("7b", context=32_769).as_text()
         assert "made for" not in describe("7b").as_text()
         assert "made for" not in describe(str(golden_folder("dynamic-ntk")), context=10**6).as_text()
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_it_says_how_the_loader_would_hold_the_weights_unasked(self, dtype, tmp_path):
+        for path, is_quantized in (("7b", False), (str(quantized_folders.write(tmp_path / "int8")), True)):
+            data = describe(path, dtype=dtype, device="cpu")
+            expected = choose_weights(wanted="auto", dtype=dtype, device="cpu", is_quantized=is_quantized)
+            assert expected.packed_as == "own" or not is_quantized
+            assert data.as_json()["weights"] == {
+                "dtype": dtype, "packed_as": expected.packed_as, "why": expected.why,
+            }  # fmt: skip
+            assert f"\n  unasked, weights are {expected.held}\n" in data.as_text()
 
     def test_several_sequences_share_what_there_is(self):
         text = describe("tiny", num_sequences=3, context=1 << 31).as_text()

@@ -3,9 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from internlm2.checkpoint import inference
+from internlm2.checkpoint.open import open_checkpoint
 from internlm2.cli.main import run
 from internlm2.doctor.examine import examine
 from internlm2.doctor.finding import Finding, as_text
@@ -119,6 +122,19 @@ def test_without_transformers_it_says_so(folder, monkeypatch):
         monkeypatch.setattr(module, "installed", lambda package: None if package == "transformers" else "1.0")
     assert by_check(examine_stack())["transformers"].level == "note"
     assert examine_transformers(folder) == []
+
+
+@pytest.mark.parametrize("level", ["avx512", "scalar", None])
+def test_how_weights_are_held_unasked_is_what_the_loader_decides(level, monkeypatch, official_folder):
+    built = None if level is None else SimpleNamespace(level_name=level)
+    monkeypatch.setattr(inference, "library", lambda: built)
+    finding = by_check(examine_stack())["packing"]
+    assert finding.level == "ok"
+    choice = inference.choose_for(
+        open_checkpoint(official_folder), wanted="auto", dtype="bfloat16", device="cpu"
+    )
+    assert finding.text == f"unasked, weights of unquantised files are {choice.held}"
+    assert ("packed as bfloat16" in finding.text) == (level == "avx512")
 
 
 def test_the_exit_code_tells(folder, capsys):

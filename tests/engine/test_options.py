@@ -20,7 +20,7 @@ DEVICES = "'cpu', 'cuda' or 'cuda:N'"
 ADAPTERS = "a dict of names and folders, such as {'poet': 'poet-folder'}, or None"
 LENGTH = "'auto', None, or a whole number from 2 on (a prompt and an answer)"
 DRAFT = "'lookup', the path of a draft model, or None"
-FORMATS = "one of auto, none, bfloat16, int8, int4, fp8, or None (as none)"
+FORMATS = "one of auto, none, bfloat16, int8, int4, int4-symmetric, fp8, or None (as none)"
 
 WRONG = [
     *(("dtype", value, DTYPES) for value in (5, None, "int3", torch.float32, ["float32"])),
@@ -103,6 +103,14 @@ def test_options_that_go_together_are_taken():
     EngineOptions(host_memory_gib=1, speculative="lookup", kv_dtype="int8", max_model_len="auto")
     EngineOptions(tensor_parallel=2, speculative="lookup")
     EngineOptions(quantization="int4", speculative="draft", memory_gib=2)
+    EngineOptions(quantization=None, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(None, "none"), ("none", "none"), ("auto", "auto"), ("int8", "int8")]
+)
+def test_no_quantization_has_one_word(given, wanted):
+    assert EngineOptions(quantization=given).wanted_weights == wanted
 
 
 def test_a_guard_lets_nobody_in_who_was_forked():

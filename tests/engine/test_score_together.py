@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import internlm2
+from internlm2.engine.admission import Admission
 from internlm2.engine.llm import LLM
+from internlm2.engine.schedule.request import Task
 from internlm2.errors import RequestError
 
 PROMPT = [1, *range(40, 90)]  # several pages and a part of one
@@ -63,3 +65,25 @@ def test_ids_outside_the_vocabulary_are_refused(bad, llm):
     with pytest.raises(RequestError, match=f"has token id {bad}"):
         llm.score([PROMPT] * 2, [[65], [bad]])
     assert not llm.frontend.engine.has_work
+
+
+class Looked(int):
+    """A token id that counts how often it is compared."""
+
+    times = 0
+
+    def __lt__(self, other: int) -> bool:
+        Looked.times += 1
+        return int(self) < other
+
+
+def test_a_prompt_is_looked_at_once_whatever_the_alternatives(llm):
+    admission = Admission(llm.model.config, llm.tokenizer, max_model_len=200)
+    prompt = [Looked(token) for token in PROMPT]
+    times = []
+    for alternatives in ([], [65], [65, 66, 67, 68]):
+        Looked.times = 0
+        admission.reading(prompt, Task.SCORE, alternatives)
+        times.append(Looked.times)
+    assert times[1] == times[2] <= times[0] + 1
+    assert times[0] >= len(PROMPT) - 1

@@ -25,14 +25,16 @@ def browser():
 
 
 @pytest.fixture
-def chat(browser, told):
-    server, book = told
+def book(told):
+    """What the model says in this test: nothing so far."""
+    _, book = told
     book.stories.clear()
     book.may_go_on.clear()
-    with chatting(browser, server.url) as found:
-        yield found
+    return book
 
 
 @pytest.fixture
-def book(told):
-    return told[1]
+def chat(browser, told, book):
+    server, _ = told
+    with chatting(browser, server.url) as found:
+        yield found

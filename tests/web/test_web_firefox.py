@@ -20,10 +20,8 @@ def fox():
 
 
 @pytest.fixture
-def tab(fox, told):
-    server, book = told
-    book.stories.clear()
-    book.may_go_on.clear()
+def tab(fox, told, book):
+    server, _ = told
     with fox.tab(server.url) as found:
         yield found
 

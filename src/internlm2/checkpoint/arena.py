@@ -12,7 +12,8 @@ import torch
 from internlm2.kernels import PackedWeight, packed
 
 _ALIGNMENT = 64  # of a tensor: a line of the processor's cache
-_FIELDS = [field.name for field in fields(PackedWeight) if field.init]
+# What a packed weight is made from; the rest follows from it.
+FIELDS = tuple(field.name for field in fields(PackedWeight) if field.init)
 
 
 class Arena:
@@ -32,7 +33,7 @@ class Arena:
 
     def keep(self, weight: PackedWeight) -> PackedWeight:
         """The same weight, here."""
-        values = [(name, getattr(weight, name)) for name in _FIELDS]
+        values = [(name, getattr(weight, name)) for name in FIELDS]
         here: dict[str, Any] = {name: self._copy(x) for name, x in values if isinstance(x, torch.Tensor)}
         return replace(weight, **here)
 

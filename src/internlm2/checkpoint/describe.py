@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from internlm2.checkpoint import memory
+from internlm2.checkpoint.inference import AUTO, WeightChoice, choose_for, choose_weights
 from internlm2.checkpoint.load import file_dtype, parse_device
 from internlm2.checkpoint.memory import ParameterCount
 from internlm2.checkpoint.open import open_checkpoint
@@ -139,7 +140,10 @@ def _scaled(value: int, unit: str) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """What `model info` prints. stored_dtype: of the files; None for a published shape without files."""
+    """What `model info` prints. stored_dtype: of the files; None for a published shape without files.
+
+    weights: how an `LLM` would hold them here, unasked.
+    """
 
     name: str
     format: str
@@ -147,6 +151,7 @@ class Description:
     config: ModelConfig
     parameters: ParameterCount
     contexts_tokens: tuple[int, ...]
+    weights: WeightChoice
     fit: Fit
 
     def weight_bytes(self, dtype: str) -> int:
@@ -169,6 +174,7 @@ class Description:
                 "embedding": self.parameters.embedding,
                 "non_embedding": self.non_embedding,
             },
+            "weights": asdict(self.weights),
             "weight_bytes": {dtype: self.weight_bytes(dtype) for dtype in DTYPE_BYTES},
             "kv_cache_bytes": {
                 dtype: {str(n): self.cache_bytes(dtype, n) for n in self.contexts_tokens}
@@ -197,6 +203,7 @@ class Description:
             f"  {config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads of "
             f"{config.head_dim}; trained length {config.max_position_embeddings:,}; rope {rope}",
             f"  parameters {self.parameters.total:,} ({self.non_embedding:,} without embedding and output)",
+            f"  unasked, weights are {self.weights.held}",
             "",
             "Memory in GiB   weights" + "".join(f"{f'KV {n:,}':>13}" for n in self.contexts_tokens),
         ]
@@ -237,11 +244,13 @@ def describe(
             None,
             PRESETS[size],
         )
+        weights = choose_weights(wanted=AUTO, dtype=dtype, device=str(place))
     else:
         checkpoint = open_checkpoint(resolve_model(model))
         check_complete(checkpoint)
         name, kind = model, type(checkpoint).__name__.removesuffix("Checkpoint")
         stored, config = dtype_name(file_dtype(checkpoint)), checkpoint.config
+        weights = choose_for(checkpoint, wanted=AUTO, dtype=dtype, device=str(place))
     length = config.max_position_embeddings if context is None else context
     return Description(
         name=name,
@@ -250,6 +259,7 @@ def describe(
         config=config,
         parameters=memory.count_parameters(expected_shapes(config)),
         contexts_tokens=CONTEXTS_TOKENS if context is None else tuple(sorted({*CONTEXTS_TOKENS, context})),
+        weights=weights,
         fit=fit(
             config,
             num_tokens=length,

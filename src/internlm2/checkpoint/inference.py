@@ -46,16 +46,21 @@ class WeightChoice:
         """For tables and settings: "plain", or the kind of the packed weights."""
         return self.packed_as or "plain"
 
-    def __str__(self) -> str:
+    @property
+    def held(self) -> str:
+        """For people: how, in which dtype, and why."""
         kind = "plain" if self.packed_as is None else f"packed as {self.packed_as}"
         if self.packed_as == OWN:
             kind = "packed as the files have them"
-        return f"Weights are {kind}, computing in {self.dtype} ({self.why})."
+        return f"{kind}, computing in {self.dtype} ({self.why})"
+
+    def __str__(self) -> str:
+        return f"Weights are {self.held}."
 
 
 def choose_weights(
     *,
-    wanted: str | None,
+    wanted: str,
     dtype: str,
     device: str,
     is_quantized: bool = False,
@@ -63,16 +68,15 @@ def choose_weights(
 ) -> WeightChoice:
     """How to hold weights that are to compute in `dtype` on `device`.
 
-    wanted: "auto", a format of `quant.weight.FORMATS`, on a GPU one of `quant.gpu.GPU_KINDS`, or None or "none" for
-    plain ones. is_quantized: the files hold whole numbers. needs_plain: which option needs the linears as they are.
+    wanted: "auto", a format of `quant.weight.FORMATS`, on a GPU one of `quant.gpu.GPU_KINDS`, or "none" for plain
+    ones. is_quantized: the files hold whole numbers. needs_plain: which option needs the linears as they are.
     Raises RequestError when `wanted` cannot be.
     """
     is_on_cpu = parse_device(device).type == "cpu"
     if wanted == AUTO:
         return _choose(dtype, device if not is_on_cpu else None, is_quantized, needs_plain)
-    if wanted in (None, NONE):
+    if wanted == NONE:
         return WeightChoice(dtype, None, "as asked for")
-    assert wanted is not None
     if not is_on_cpu:
         kind = parse_gpu_kind(wanted, dtype=parse_dtype(dtype), device=parse_device(device))
         return WeightChoice(dtype, kind, "as asked for")
@@ -104,7 +108,7 @@ def _choose(dtype: str, gpu: str | None, is_quantized: bool, needs_plain: str | 
 
 
 def choose_for(
-    checkpoint: Checkpoint, *, wanted: str | None, dtype: str, device: str, needs_plain: str | None = None
+    checkpoint: Checkpoint, *, wanted: str, dtype: str, device: str, needs_plain: str | None = None
 ) -> WeightChoice:
     """As `choose_weights` for a checkpoint; dtype "auto" is that of its files."""
     return choose_weights(

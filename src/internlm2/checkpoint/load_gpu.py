@@ -45,9 +45,15 @@ def load_gpu_checkpoint(
     check_complete(checkpoint)
     target, place = parse_dtype(dtype), parse_device(device)
     kind = parse_gpu_kind(quantization, dtype=target, device=place)
-    memory.check_fits(
-        _expected_bytes(checkpoint, kind, target), device=place, what=f"{checkpoint.path} in {kind}"
+    of_head = head_kind(kind)
+    needed = memory.rounded_bytes(
+        checkpoint.config,
+        expected_shapes(checkpoint.config),
+        dtype=target,
+        bits=_BITS[kind],
+        head_bits=None if of_head is None else _BITS[of_head],
     )
+    memory.check_fits(needed, device=place, what=f"{checkpoint.path} in {kind}")
     with torch.device("meta"):
         model = build_model(checkpoint.config, rope_mode=rope_mode)
     reader = _Reader(checkpoint, kind, target, place)
@@ -56,21 +62,11 @@ def load_gpu_checkpoint(
             assert isinstance(layer, DecoderLayer)
             reader.fill_layer(layer, f"model.layers.{index}")
             bar.advance(1)
-        of_head = head_kind(kind)
         if isinstance(model, CausalLM) and of_head is not None:
             model.output = GpuLinear(reader.head(of_head))
         reader.fill_rest(model)
         bar.advance(1)
     return model.eval()
-
-
-def _expected_bytes(checkpoint: Checkpoint, kind: GpuKind, dtype: torch.dtype) -> int:
-    total = 0.0
-    for name, shape in expected_shapes(checkpoint.config).items():
-        is_kept = name.endswith("tok_embeddings.weight") or len(shape) < 2
-        is_kept = is_kept or (name == "output.weight" and head_kind(kind) is None)
-        total += torch.Size(shape).numel() * (dtype.itemsize if is_kept else _BITS[kind] / 8)
-    return int(total)
 
 
 class _Reader:

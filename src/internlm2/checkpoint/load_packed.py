@@ -37,7 +37,6 @@ from internlm2.quant.weight import (
     quantize_weight,
 )
 
-_BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 4.75}
 # bfloat16 is packed in one pass over the files, and its copy would be as large as they are: only a small one is kept.
 _MOST_BFLOAT16_BYTES = 2 << 30
 _ROOM = 1.1  # for columns that are padded; what is not needed is never touched
@@ -130,15 +129,13 @@ class Packer:
     def expected_bytes(self) -> int:
         """About what the model will take."""
         config = self._checkpoint.config
-        shapes = expected_shapes(config)
-        if config.tie_word_embeddings and config.head == "language":  # packed once more for the output
-            shapes["output.weight"] = shapes["model.tok_embeddings.weight"]
-        bits = _BITS[self._format.kind] if self._format is not None else 8.5
-        total = 0.0
-        for name, shape in shapes.items():
-            is_kept = name.endswith("tok_embeddings.weight") or len(shape) < 2
-            total += torch.Size(shape).numel() * (self._dtype.itemsize if is_kept else bits / 8)
-        return int(total)
+        return memory.rounded_bytes(
+            config,
+            expected_shapes(config),
+            dtype=self._dtype,
+            bits=(self._format or FORMATS["int8"]).bits,
+            head_bits=self._head_format.bits,
+        )
 
     def use(self, cache: PackedCache | None) -> None:
         """Take weights from the cache, or put them there. Whole numbers in files are packed quickly: no cache.

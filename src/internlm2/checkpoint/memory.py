@@ -71,6 +71,30 @@ def count_parameters(shapes: dict[str, tuple[int, ...]]) -> ParameterCount:
     return ParameterCount(sum(sizes.values()), sizes["model.tok_embeddings.weight"])
 
 
+def rounded_bytes(
+    config: ModelConfig,
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    bits: float,
+    head_bits: float | None,
+) -> int:
+    """About what a model takes whose matrices are rounded or packed; the embedding and all vectors stay in `dtype`.
+
+    shapes: `source.expected_shapes(config)`. bits: of a value in the layers, with its scales. head_bits: the same of
+    the output matrix; None: it stays as it is. A tied one that does not is a weight of its own beside the embedding.
+    """
+    if config.head == "language" and config.tie_word_embeddings and head_bits is not None:
+        shapes = shapes | {"output.weight": shapes["model.tok_embeddings.weight"]}
+    total = 0.0
+    for name, shape in shapes.items():
+        of_this = head_bits if name == "output.weight" else bits
+        if name.endswith("tok_embeddings.weight") or len(shape) < 2 or of_this is None:
+            of_this = dtype.itemsize * 8
+        total += torch.Size(shape).numel() * of_this / 8
+    return int(total)
+
+
 def kv_cache_bytes(
     config: ModelConfig, num_tokens: int, *, bytes_per_value: int = 2, scale_bytes: int = 0
 ) -> int:

@@ -15,12 +15,13 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from internlm2.checkpoint.arena import FIELDS
 from internlm2.kernels import PackedWeight, packed
 from internlm2.quant import weight as weight_code
 
@@ -31,7 +32,6 @@ _FREE_SHARE = 0.5  # of the free disk space, at most, for a new file
 _ALIGNMENT = 4096
 _MAGIC = b"ilm2pkw2"
 _SUFFIX = ".packed"
-_FIELDS = [field for field in fields(PackedWeight) if field.init]
 
 _log = logging.getLogger(__name__)
 
@@ -135,9 +135,9 @@ class CacheWriter:
                 self._header[name] = self._put(weight)
                 return
             values: dict[str, object] = {}
-            for field in _FIELDS:
-                value = getattr(weight, field.name)
-                values[field.name] = self._put(value) if isinstance(value, torch.Tensor) else value
+            for field in FIELDS:
+                value = getattr(weight, field)
+                values[field] = self._put(value) if isinstance(value, torch.Tensor) else value
             self._header[name] = values
         except OSError as error:
             _log.debug("No cache of packed weights: %s", error)
@@ -219,7 +219,7 @@ class CachedWeights:
     def read(self, name: str) -> PackedWeight:
         """One weight. Raises ValueError when it is not there or its bytes are not those that were written."""
         values = dict(self._entry(name))
-        if set(values) != {field.name for field in _FIELDS}:
+        if set(values) != set(FIELDS):
             raise ValueError(f"{name} has other fields than PackedWeight")
         for key, value in values.items():
             if isinstance(value, Mapping):

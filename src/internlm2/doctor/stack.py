@@ -9,7 +9,9 @@ from importlib import metadata
 import torch
 
 from internlm2.checkpoint import memory
+from internlm2.checkpoint.inference import choose_weights
 from internlm2.doctor.finding import Finding
+from internlm2.engine.options import EngineOptions
 from internlm2.kernels.library import library
 from internlm2.sandbox import SandboxError, examine_isolation
 
@@ -52,6 +54,7 @@ def examine_stack() -> list[Finding]:
         findings.append(remote_code_finding(transformers))
     findings.append(_processor())
     findings.append(_kernels())
+    findings.append(_packing())
     findings.append(_sandbox())
     return findings
 
@@ -66,6 +69,13 @@ def _kernels() -> Finding:
         return Finding("kernels", "note", what, remedy)
     uses = f"products, attention over pages and whole packed layers in C++ ({built.level_name}), {threads}"
     return Finding("kernels", "ok", f"{uses}; {built.path}")
+
+
+def _packing() -> Finding:
+    """How an `LLM` whose options nobody changed holds the weights of files that are not quantised."""
+    options = EngineOptions()
+    choice = choose_weights(wanted=options.wanted_weights, dtype=options.dtype, device=options.device)
+    return Finding("packing", "ok", f"unasked, weights of unquantised files are {choice.held}")
 
 
 def _sandbox() -> Finding:

@@ -83,8 +83,8 @@ class Admission:
         alternatives: single ids behind the prompt whose likelihood is wanted; one of them counts as its length.
         """
         ids = list(prompt)
-        for last in [[one] for one in alternatives] or [[]]:
-            self._check_prompt([*ids, *last], room_for=0)
+        self._check_prompt([*ids, *alternatives[:1]], room_for=0)
+        self._check_ids(alternatives[1:])
         total = len(ids) + bool(alternatives)
         request = self._request(ids, total, task, SamplingParams(priority=priority), adapter)
         request.alternatives = tuple(alternatives)
@@ -130,16 +130,19 @@ class Admission:
     def _check_prompt(self, ids: list[int], *, room_for: int) -> None:
         if not ids:
             raise RequestError("The prompt is empty. Give at least one token, such as BOS.")
-        rows = self._config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < rows:
-            bad = next(i for i in ids if not 0 <= i < rows)
-            raise RequestError(
-                f"The prompt has token id {bad}, but ids go from 0 to {rows - 1}. The ids belong to another tokenizer."
-            )
+        self._check_ids(ids)
         if len(ids) + room_for > self.max_model_len:
             raise RequestError(
                 f"The prompt has {len(ids)} tokens, but this model takes {self.max_model_len} with the answer. "
                 "Shorten the prompt, or load the model with a larger max_model_len or more memory_gib if it can."
+            )
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        rows = self._config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < rows:
+            bad = next(i for i in ids if not 0 <= i < rows)
+            raise RequestError(
+                f"The prompt has token id {bad}, but ids go from 0 to {rows - 1}. The ids belong to another tokenizer."
             )
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:

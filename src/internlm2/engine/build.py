@@ -97,7 +97,7 @@ def load(
     draft = None if options.draft_path is None else _open_draft(options.draft_path, tokenizer)
     choice = choose_for(
         checkpoint,
-        wanted=options.quantization,
+        wanted=options.wanted_weights,
         dtype=options.dtype,
         device=options.device,
         needs_plain=options.needs_plain,
@@ -235,7 +235,7 @@ def _open_draft(path: str | Path, tokenizer: Tokenizer) -> Checkpoint:
 
 
 def _load_draft(checkpoint: Checkpoint, options: EngineOptions) -> CausalLM:
-    wanted = NONE if options.quantization in (NONE, None) else AUTO
+    wanted = NONE if options.wanted_weights == NONE else AUTO
     choice = choose_for(checkpoint, wanted=wanted, dtype=options.dtype, device=options.device)
     model = load_for_inference(checkpoint, choice, device=options.device)
     return require_head(model, CausalLM, use="drafting")

@@ -58,12 +58,17 @@ class EngineOptions:
             "a draft model": self.draft_path is not None,
             "adapters": self.adapters is not None,
             "host_memory_gib": self.host_memory_gib > 0,
-            "quantization": self.quantization not in (AUTO, NONE, None),
+            "quantization": self.wanted_weights not in (AUTO, NONE),
             "tensor_parallel": self.tensor_parallel > 1,
         }
         for one, other, why, remedy in _APART:
             if wanted[one] and wanted[other]:
                 raise RequestError(f"{one} does not go with {other}: {why}. {remedy}.")
+
+    @property
+    def wanted_weights(self) -> str:
+        """`quantization`, with the word for None: nobody else has to know of both."""
+        return NONE if self.quantization is None else self.quantization
 
     @property
     def needs_plain(self) -> str | None:
