@@ -72,7 +72,8 @@ class Heat:
         return Heat(self.name, self.shape, tuple((cell, names) for cell, names in cells if names))
 
 
-_FOUR = ("internlm2 int4", "llama.cpp Q4_0", "OpenVINO int4")
+_OUR_FOUR = ("internlm2 int4", "internlm2 int4-symmetric")
+_FOUR = (*_OUR_FOUR, "llama.cpp Q4_0", "OpenVINO int4")
 _EIGHT = ("internlm2 int8", "llama.cpp Q8_0", "OpenVINO int8", "CTranslate2 int8")
 _SIXTEEN = ("internlm2 bf16", "llama.cpp bf16", "transformers bf16")
 _DEMO = (
@@ -86,11 +87,11 @@ HEATS = (
         "1.8b",
         (
             (DECODE, _FOUR),
-            (SHORT, ("internlm2 int4",)),
+            (SHORT, _OUR_FOUR),
             (BATCH_8, _FOUR),
             (BATCH_16, _FOUR),
             (PREFILL, (*_FOUR, "CTranslate2 int8")),
-            (PREFILL_LONG, ("internlm2 int4", "OpenVINO int4", "CTranslate2 int8")),
+            (PREFILL_LONG, (*_OUR_FOUR, "OpenVINO int4", "CTranslate2 int8")),
         ),
     ),
     Heat(
@@ -113,5 +114,5 @@ HEATS = (
             (PREFILL_LONG, ("internlm2 bf16", "transformers bf16")),
         ),
     ),
-    Heat("7b", "7b", ((DECODE, ("internlm2 int4", "llama.cpp Q4_0")),)),
+    Heat("7b", "7b", ((DECODE, ("internlm2 int4-symmetric", "llama.cpp Q4_0")),)),
 )

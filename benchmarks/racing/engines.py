@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from internlm2.quant.weight import FORMATS, WeightFormat
+from internlm2.quant.weight import FORMATS
 from racing.models import Models
 from racing.peers import Peers
 
@@ -74,18 +74,10 @@ class EngineSpec:
         return f"{self.form}; {shown}"
 
 
-def bits_of(fmt: WeightFormat) -> float:
-    """Of a weight: with its share of a 16-bit scale and of an 8-bit zero."""
-    if fmt.kind == "bfloat16":
-        return 16.0
-    return {"int8": 8, "int4": 4}[fmt.kind] + (16 + 8 * fmt.has_zeros) / fmt.group
-
-
 def _ours(shape: str, kind: str, **more: object) -> EngineSpec:
-    bits = bits_of(FORMATS[kind])
     options: dict[str, object] = {"quantization": kind, "max_model_len": 2304, **more}
     form = "Q8_0.gguf" if shape == "7b" else "llama"
-    return EngineSpec(f"internlm2 {_SHORT.get(kind, kind)}", OURS, shape, bits, form, options)
+    return EngineSpec(f"internlm2 {_SHORT.get(kind, kind)}", OURS, shape, FORMATS[kind].bits, form, options)
 
 
 # A slot for prompts that are not kept, and one for each that is.
@@ -117,6 +109,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 ENGINES: tuple[EngineSpec, ...] = (
     _ours("1.8b", "int4"),
+    _ours("1.8b", "int4-symmetric"),
     _ours("1.8b", "int8"),
     _ours("1.8b", "bfloat16"),
     _llama("1.8b", "Q4_0", 4.5, slots=18, context=768),
@@ -134,7 +127,7 @@ ENGINES: tuple[EngineSpec, ...] = (
     _openvino("demo", "int4", 4.125),
     _ctranslate2("demo"),
     _transformers("demo"),
-    _ours("7b", "int4", max_model_len=1024, memory_gib=0.5),
+    _ours("7b", "int4-symmetric", max_model_len=1024, memory_gib=0.5),
     _llama("7b", "Q4_0", 4.5, context=768),
 )
 

@@ -17,7 +17,7 @@ LARGE = "1.8b"
 class Goal:
     """found: what the wanted value is compared with; None: not measured. is_percent: how both are shown.
 
-    enough: how many samples a verdict needs; 1 for what does not depend on the moment.
+    enough: how many samples a verdict needs; 1 for what does not depend on the moment. limit: what the memory allows.
     """
 
     text: str
@@ -26,6 +26,7 @@ class Goal:
     is_percent: bool = False
     is_at_most: bool = False
     enough: int = ENOUGH
+    limit: Spread | None = None
 
     @property
     def verdict(self) -> str:
@@ -44,7 +45,9 @@ class Goal:
         shown = "" if self.found is None else self.found.shown(**how if self.is_percent else {"form": ".2f"})
         wanted = f"{self.wanted:.0%}" if self.is_percent else f"{self.wanted:g}"
         bound = "at most" if self.is_at_most else "at least"
-        return f"- [{mark}] {self.text}: {shown + ', ' if shown else ''}wanted {bound} {wanted}: **{self.verdict}**"
+        limit = "" if self.limit is None else f" (at the full rate of the memory: {self.limit.shown('.2f')})"
+        shown = f"{shown}{limit}, " if shown else ""
+        return f"- [{mark}] {self.text}: {shown}wanted {bound} {wanted}: **{self.verdict}**"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,13 @@ class Findings:
         if num_bytes is None:
             return None
         return self.samples.spread(spec.shape, cell.name, spec.name, lambda s: s.speed * num_bytes / s.read)
+
+    def memory_limit(self, spec: EngineSpec, peer: EngineSpec, cell: Cell) -> Spread | None:
+        """How many times as fast as the peer an engine would be that read `spec`'s bytes at the streaming-read rate."""
+        num_bytes = self.read_bytes(spec, cell)
+        if num_bytes is None:
+            return None
+        return self.samples.spread(spec.shape, cell.name, peer.name, lambda s: s.read / num_bytes / s.speed)
 
     def peak_share(self, spec: EngineSpec, cell: Cell) -> Spread | None:
         """Of the instruction rate (bfloat16 for 16-bit weights, else int8) beside each sample of a prefill."""
@@ -124,23 +134,23 @@ def goals(found: Findings) -> list[Goal]:
             found.read_share(ours[f"internlm2 {name}"], course.DECODE),
             is_percent=True,
         )
-        for name in ("bf16", "int8", "int4")
+        for name in ("bf16", "int8", "int4", "int4-symmetric")
     ]
     for shape, own, peer, wanted in (
-        (LARGE, "int4", "llama.cpp Q4_0", 1.8),
+        (LARGE, "int4-symmetric", "llama.cpp Q4_0", 1.8),
         (LARGE, "int8", "llama.cpp Q8_0", 1.8),
         (LARGE, "bf16", "llama.cpp bf16", 1.05),
-        (LARGE, "int4", "OpenVINO int4", 2.0),
-        ("7b", "int4", "llama.cpp Q4_0", 1.35),
+        (LARGE, "int4-symmetric", "OpenVINO int4", 2.0),
+        ("7b", "int4-symmetric", "llama.cpp Q4_0", 1.35),
     ):
         ratio = samples.ratio(shape, course.DECODE.name, f"internlm2 {own}", peer, _speed)
-        bits = [find(shape, name).bits for name in (f"internlm2 {own}", peer)]
-        text = f"decode, one stream, {shape} {own} ({bits[0]:g} bits): times {peer} ({bits[1]:g} bits)"
-        listed.append(Goal(text, wanted, ratio))
+        one, other = find(shape, f"internlm2 {own}"), find(shape, peer)
+        text = f"decode, one stream, {shape} {own} ({one.bits:g} bits): times {peer} ({other.bits:g} bits)"
+        listed.append(Goal(text, wanted, ratio, limit=found.memory_limit(one, other, course.DECODE)))
     listed.append(found.against_best("8 streams: times the best peer", LARGE, course.BATCH_8, 1.5))
-    one = {s.round: s.speed for s in samples.kept(LARGE, course.SHORT.name, "internlm2 int4")}
+    lone = {s.round: s.speed for s in samples.kept(LARGE, course.SHORT.name, "internlm2 int4")}
     many = samples.kept(LARGE, course.BATCH_16.name, "internlm2 int4")
-    gains = [s.speed / one[s.round] for s in many if s.round in one]
+    gains = [s.speed / lone[s.round] for s in many if s.round in lone]
     gain = Spread.of(gains) if gains else None
     listed.append(Goal("16 streams, int4: times our one stream at the same context", 5.0, gain))
     for cell in (course.PREFILL, course.PREFILL_LONG):
@@ -162,7 +172,7 @@ def goals(found: Findings) -> list[Goal]:
 
 def _quality_goals(quality: Quality | None) -> list[Goal]:
     listed = []
-    for own, peer in (("int4", "Q4_0"), ("int8", "Q8_0")):
+    for own, peer in (("int4-symmetric", "Q4_0"), ("int4", "Q4_0"), ("int8", "Q8_0")):
         text = f"demo, rise of perplexity of {own} less that of llama.cpp {peer}"
         pair = (
             (None, None)

@@ -29,6 +29,7 @@ OUR_FORMS: dict[str, dict[str, object]] = {
     "bf16": {"quantization": "bfloat16"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
+    "int4-symmetric": {"quantization": "int4-symmetric"},
 }
 
 

@@ -14,14 +14,12 @@ import race
 from race_samples import sample
 from racing import course, measure, quality
 from racing.course import Cell, Heat
-from racing.engines import ENGINES, EngineSpec, bits_of, find
+from racing.engines import ENGINES, EngineSpec, find
 from racing.peers import NAMES, PINS, Peers
 from racing.quality import START, Quality, read_quality
 from racing.report import Notes
 from racing.samples import Samples, Spread
 from racing.workers.process import Worker, WorkerError
-
-from internlm2.quant.weight import WeightFormat
 
 WORKERS = Path(race.__file__).parent / "racing" / "workers"
 
@@ -253,13 +251,6 @@ def test_every_heat_names_engines_that_exist_and_only_drops_the_rest():
     assert len({(spec.shape, spec.name) for spec in ENGINES}) == len(ENGINES)
 
 
-def test_bits_of_our_formats_count_scales_and_zeros():
-    assert bits_of(WeightFormat("int4", 32, has_zeros=True)) == 4.75
-    assert bits_of(WeightFormat("int4", 128)) == 4.125
-    assert bits_of(WeightFormat("int8", 32)) == 8.5
-    assert bits_of(WeightFormat("bfloat16")) == 16
-
-
 def test_perplexities_are_kept_one_by_one_and_only_missing_ones_are_measured(tmp_path, monkeypatch):
     class Words:
         """A tokenizer of 1,200 ids."""
@@ -284,10 +275,10 @@ def test_perplexities_are_kept_one_by_one_and_only_missing_ones_are_measured(tmp
     quality.measure_quality(race.Models(tmp_path, peers), peers, path)
     found = read_quality(path)
     assert found == Quality(
-        {f"internlm2 {kind}": 20.0 for kind in ("fp32", "bf16", "int8")}, 2 * (512 - START)
+        {f"internlm2 {kind}": 20.0 for kind in ("fp32", "bf16", "int8", "int4-symmetric")}, 2 * (512 - START)
     )
     quality.measure_quality(race.Models(tmp_path, peers), peers, path)
-    assert asked == ["None", "bfloat16", "int8", "int4", "int4"]
+    assert asked == ["None", "bfloat16", "int8", "int4", "int4-symmetric", "int4"]
     assert read_quality(path).perplexity["internlm2 int4"] == 20.0
 
 

@@ -21,7 +21,7 @@ def test_share_of_the_read_rate_counts_weights_and_keys_and_values():
     found = findings([sample("internlm2 int4", 0, 20)], weight_bytes={("1.8b", "internlm2 int4"): 10**9})
     share = found.read_share(find("1.8b", "internlm2 int4"), course.DECODE)
     assert share.median == pytest.approx(20 * (10**9 + 98_304 * (512 + 33 / 2)) / 40e9)
-    goal = one_goal(found, "decode, one stream at 512, int4")
+    goal = one_goal(found, "decode, one stream at 512, int4:")
     assert (replace(goal, enough=1).verdict, goal.found) == ("not reached", share)
     assert goal.verdict == "too few samples (1)"
     assert one_goal(found, "decode, one stream at 512, int8").verdict == "not measured"
@@ -92,7 +92,7 @@ def test_many_streams_are_compared_with_one_at_the_same_context():
 def test_quality_is_held_against_the_same_weights_unrounded():
     measured = Quality(
         {
-            "internlm2 fp32": 20.0, "internlm2 int4": 20.2, "internlm2 int8": 20.1,
+            "internlm2 fp32": 20.0, "internlm2 int4": 20.2, "internlm2 int4-symmetric": 20.6, "internlm2 int8": 20.1,
             "llama.cpp f32": 10.0, "llama.cpp Q4_0": 10.2, "llama.cpp Q8_0": 10.01,
         },
         1000,
@@ -100,7 +100,8 @@ def test_quality_is_held_against_the_same_weights_unrounded():
     found = findings([], quality=measured)
     assert measured.rise("internlm2 int4") == pytest.approx(0.01)
     assert measured.rise("llama.cpp own") is None
-    assert one_goal(found, "demo, rise of perplexity of int4").verdict == "reached"
+    assert one_goal(found, "demo, rise of perplexity of int4 ").verdict == "reached"
+    assert one_goal(found, "demo, rise of perplexity of int4-symmetric").verdict == "not reached"
     assert one_goal(found, "demo, rise of perplexity of int8").verdict == "not reached"
     assert one_goal(findings([]), "demo, rise of perplexity of int8").verdict == "not measured"
 
@@ -109,6 +110,15 @@ def test_start_must_stay_below_its_limit():
     found = findings([], load_seconds={("demo", "internlm2 int4"): 1.0, ("1.8b", "internlm2 int4"): 9.0})
     goal = one_goal(found, "engine start")
     assert (goal.verdict, goal.found.high) == ("reached", 1.0)
+
+
+def test_memory_bounds_what_can_be_reached():
+    # at 40 GB/s, 1 GB for each token and 98,304 bytes for each key and value of 512 + 16.5: 38 tokens/s at most
+    made = [sample("internlm2 int4-symmetric", 0, 30), sample("llama.cpp Q4_0", 0, 20)]
+    found = findings(made, weight_bytes={("1.8b", "internlm2 int4-symmetric"): 10**9})
+    goal = one_goal(found, "decode, one stream, 1.8b int4-symmetric (4.5 bits): times llama.cpp")
+    assert goal.limit.median == pytest.approx(40e9 / (10**9 + 98_304 * (512 + 33 / 2)) / 20)
+    assert "1.50 [1.50..1.50] (at the full rate of the memory: 1.90 [1.90..1.90]), wanted" in goal.line()
 
 
 def test_checklist_lines_say_what_was_found_and_wanted():
@@ -125,15 +135,15 @@ def test_checklist_lines_say_what_was_found_and_wanted():
 def test_result_file_has_goals_tables_and_every_sample(tmp_path):
     made = [
         sample(name, n, speed + n)
-        for name, speed in (("internlm2 int4", 20), ("llama.cpp Q4_0", 10))
+        for name, speed in (("internlm2 int4", 20), ("internlm2 int4-symmetric", 20), ("llama.cpp Q4_0", 10))
         for n in range(5)
     ]
     made += [sample("llama.cpp Q4_0", 4, 1, foreign=0.5, is_kept=False)]
     made += [sample("OpenVINO int4", 0, 1, is_kept=False, error="no memory")]
     text = report.body(findings(made), Notes(tmp_path / "notes.json"))
     assert (
-        "- [x] decode, one stream, 1.8b int4 (4.75 bits): times llama.cpp Q4_0 (4.5 bits): 1.83 [1.71..2.00], wanted"
-        in text
+        "- [x] decode, one stream, 1.8b int4-symmetric (4.5 bits): times llama.cpp Q4_0 (4.5 bits): 1.83 [1.71..2.00], "
+        "wanted" in text
     )
     assert "## 1.8b, decode (4 bits)" in text
     assert "| internlm2 int4 | 4.75 | 22.0 [20.0..24.0] |" in text

@@ -18,7 +18,7 @@ from internlm2.quant.weight import (
 
 SYMMETRIC = WeightFormat("int4", 32)
 INT8_128 = WeightFormat("int8", 128)
-FORMATS_TO_TEST = [FORMATS["int8"], SYMMETRIC, FORMATS["int4"]]
+FORMATS_TO_TEST = [FORMATS["int8"], SYMMETRIC, FORMATS["int4"], FORMATS["int4-symmetric"]]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,8 @@ FORMATS_TO_TEST = [FORMATS["int8"], SYMMETRIC, FORMATS["int4"]]
 )
 def test_the_relative_error_of_normal_weights(fmt: WeightFormat, largest: float) -> None:
     weight = torch.randn(64, 256)
-    error = (unpack(quantize_weight(weight, fmt)) - weight).norm() / weight.norm()
+    packed = quantize_weight(weight, fmt)
+    error = (unpack(packed) - (turn(weight) if packed.uses_hadamard else weight)).norm() / weight.norm()
     assert largest / 2 < error < largest
 
 
@@ -63,6 +64,38 @@ def test_weights_on_the_grid_come_back_exactly() -> None:
     q = torch.randint(0, 16, (8, 64)).float()
     q[:, ::32], q[:, 1::32] = 0, 15
     assert torch.equal(unpack(quantize_weight((q - 3) / 4, FORMATS["int4"])), (q - 3) / 4)
+
+
+def _on_a_grid(rows: int) -> torch.Tensor:
+    """What a 4-bit file with a scale and a minimum for each 32 columns gives."""
+    q, scale = torch.randint(0, 16, (rows, 4, 32)).float(), 0.5 + torch.rand(rows, 4, 1)
+    q[..., 0], q[..., 1] = 0, 15
+    return ((q - 7.5 - torch.randint(-16, 17, (rows, 4, 1)) / 16) * scale.bfloat16().float()).flatten(1)
+
+
+def test_int4_turns_weights_unless_they_were_in_four_bits_before() -> None:
+    plain, grid = torch.randn(96, 128), _on_a_grid(96)
+    for name in ("int4", "int4-symmetric"):
+        assert quantize_weight(plain, FORMATS[name]).uses_hadamard
+        assert not quantize_weight(plain[:, :100], FORMATS[name]).uses_hadamard  # columns do not fit
+    packed = quantize_weight(grid, FORMATS["int4"])
+    assert not packed.uses_hadamard
+    assert torch.allclose(unpack(packed), grid, atol=1e-5)
+
+
+def test_a_gate_and_its_weight_are_turned_together() -> None:
+    plain, grid = torch.randn(1024, 128), _on_a_grid(1024)
+    for parts in ((grid, 100 * plain), (100 * plain, grid)):  # the larger one decides
+        assert quantize_weight(parts[0], FORMATS["int4"], gate=parts[1]).uses_hadamard
+    for parts in ((grid, 0.01 * plain), (0.01 * plain, grid), (grid, grid)):
+        assert not quantize_weight(parts[0], FORMATS["int4"], gate=parts[1]).uses_hadamard
+
+
+def test_bits_count_scales_and_zeros() -> None:
+    assert {name: fmt.bits for name, fmt in FORMATS.items()} == {
+        "bfloat16": 16, "int8": 8.5, "int4": 4.75, "int4-symmetric": 4.5,
+    }  # fmt: skip
+    assert WeightFormat("int4", 128).bits == 4.125
 
 
 @pytest.mark.parametrize("fmt", FORMATS_TO_TEST)

@@ -81,8 +81,8 @@ class RunFlags:
     quantization: Annotated[
         str | None,
         Parameter(
-            help="Weights in int8 or int4, or bfloat16 unchanged, for the fast CPU kernels; auto: bfloat16 where "
-            "it is faster; none: as they are. On a GPU: int8, int4 or fp8."
+            help="Weights in int8, int4 or int4-symmetric, or bfloat16 unchanged, for the fast CPU kernels; auto: "
+            "bfloat16 where it is faster; none: as they are. On a GPU: int8, int4 or fp8."
         ),
     ] = None
     max_tokens: Annotated[int | None, Parameter(help="Longest answer, in tokens [1024].")] = None

@@ -20,7 +20,7 @@ from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.schedule.request import Task
 from internlm2.engine.speculative import NUM_DRAFT_TOKENS
 from internlm2.engine.text import Output, Score, join
-from internlm2.errors import RequestError
+from internlm2.errors import RequestError, check
 from internlm2.model.heads import CausalLM, RopeMode
 
 Message = Mapping[str, object]
@@ -47,10 +47,11 @@ class LLM:
     likely, rounding may choose the other one; it depends on how many tokens a step computes.
 
     tensor_parallel: split the model over so many GPUs ("cuda") or processes of this machine ("cpu"); memory_gib is
-    then that of each. quantization: weights in "int8" or "int4", or "bfloat16" unchanged, packed for the C++ kernels
-    of the CPU: several times faster for a few requests at once; docs/kernels.md says what is lost. "auto" packs
-    bfloat16 where that is faster and no other option needs plain weights, and quantised files as they are; None or
-    "none": plain tensors. On a GPU: "int8", "int4" or "fp8", docs/gpu.md. `weights` says how it turned out.
+    then that of each. quantization: weights in "int8", "int4" or "int4-symmetric", or "bfloat16" unchanged, packed for
+    the C++ kernels of the CPU: several times faster for a few requests at once; docs/kernels.md says what is lost.
+    "auto" packs bfloat16 where that is faster and no other option needs plain weights, and quantised files as they
+    are; None or "none": plain tensors. On a GPU: "int8", "int4" or "fp8", docs/gpu.md. `weights` says
+    how it turned out.
 
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Hello"}]).text
@@ -209,8 +210,9 @@ class LLM:
         on_mail: Callable[[], None] | None = None,
     ) -> Ticket:
         """As `stream`, without reading it."""
+        [own] = self._each(params, 1)
         prepared = self.frontend.prepare(
-            self.encode(prompt), params or SamplingParams(), adapter=adapter, on_mail=on_mail, is_stream=True
+            self.encode(prompt), own, adapter=adapter, on_mail=on_mail, is_stream=True
         )
         return self.frontend.submit([prepared])[0]
 
@@ -320,6 +322,8 @@ class LLM:
     ) -> Sequence[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * count
+        is_good = isinstance(params, Sequence) and all(isinstance(own, SamplingParams) for own in params)
+        check(is_good, "params", params, "SamplingParams(...), or a list of them, one for each prompt")
         if len(params) != count:
             raise RequestError(
                 f"There are {len(params)} params for {count} prompts. Give one, or one for each."

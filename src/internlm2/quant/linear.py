@@ -16,7 +16,7 @@ from internlm2.model.heads import CausalLM, Model
 from internlm2.model.layers import DecoderLayer, FeedForward
 from internlm2.quant.weight import FORMATS, WeightFormat, parse_format, quantize_weight
 
-WeightKind = Literal["bfloat16", "int8", "int4"]
+WeightKind = Literal["bfloat16", "int8", "int4", "int4-symmetric"]
 
 
 class PackedLinear(nn.Module):

@@ -17,6 +17,8 @@ from internlm2.kernels.packed import COLUMN_MULTIPLE, Kind
 _VALUES_AT_ONCE = 1 << 20  # so that intermediate results stay in the cache
 _TIMES_ON_GPU = 64  # which has no such cache, and starts every operation anew
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)  # factors of the obvious scale that are tried for int4
+_ROWS_TO_TRY = 256  # of a matrix, to find whether it should be turned
+_MUCH_LESS = 0.5  # of the squared error. Else turned: that also spreads what activations meet the error with
 _SMALLEST = 1e-30  # of a scale while it divides; stored as zero
 
 
@@ -26,7 +28,8 @@ class WeightFormat:
 
     group: columns that share a scale. has_zeros: int4 with a zero of each group's own. activation_bits: 8, or 15, which
     takes two products for each weight: free while the memory is the limit, half the speed from about 8 rows on.
-    uses_hadamard: weights and activations are turned by a Hadamard matrix, 32 columns at a time, before rounding.
+    uses_hadamard: weights and activations are turned by a Hadamard matrix, 32 columns at a time, before rounding; None:
+    unless the matrix was in few bits before and loses much less as it is.
     whole_zeros: zeros are whole numbers, as files hold them, and not sixteenths.
     """
 
@@ -35,15 +38,23 @@ class WeightFormat:
     has_zeros: bool = False
     activation_bits: int = 8
     whole_zeros: bool = False
-    uses_hadamard: bool = False
+    uses_hadamard: bool | None = False
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, with its share of the scale and the zero."""
+        if self.kind == "bfloat16":
+            return 16.0
+        return {"int8": 8, "int4": 4}[self.kind] + (16 + 8 * self.has_zeros) / self.group
 
 
-# int8 is for those who want nothing lost: turned, 8 bits of the activations are as good as 15 (docs/kernels.md has the
-# figures). int4 is not turned: weights that come from a 4-bit file keep their grid.
+# int8 is for those who want nothing lost: turned, 8 bits of the activations are nearly as good as 15, with half the
+# products (docs/kernels.md has the figures). So is int4, but weights from a 4-bit file keep their grid.
 FORMATS: dict[str, WeightFormat] = {
     "bfloat16": WeightFormat("bfloat16"),
     "int8": WeightFormat("int8", 32, uses_hadamard=True),
-    "int4": WeightFormat("int4", 32, has_zeros=True),
+    "int4": WeightFormat("int4", 32, has_zeros=True, uses_hadamard=None),
+    "int4-symmetric": WeightFormat("int4", 32, uses_hadamard=None),
 }
 
 
@@ -154,11 +165,13 @@ def quantize_weight(
     if fmt.kind == "bfloat16":
         return pack_bfloat16(weight, gate=gate, bias=bias)
     group = fitting_group(weight.shape[1], fmt.group)
-    bits, uses_hadamard = fmt.activation_bits, fmt.uses_hadamard and weight.shape[1] % COLUMN_MULTIPLE == 0
+    bits, uses_hadamard = fmt.activation_bits, fmt.uses_hadamard
+    if uses_hadamard is not False and weight.shape[1] % COLUMN_MULTIPLE:
+        bits, uses_hadamard = 15 if uses_hadamard else bits, False
+    if uses_hadamard is None:
+        uses_hadamard = not _is_on_a_grid(weight, gate, fmt, group)
     if uses_hadamard:
         weight, gate = turn(weight), None if gate is None else turn(gate)
-    elif fmt.uses_hadamard:
-        bits = 15  # the columns do not fit
     return pack_rounded(
         Rounded(*round_weight(weight, fmt, group), group),
         gate=None if gate is None else Rounded(*round_weight(gate, fmt, group), group),
@@ -166,6 +179,17 @@ def quantize_weight(
         activation_bits=bits,
         uses_hadamard=uses_hadamard,
     )
+
+
+def _is_on_a_grid(weight: torch.Tensor, gate: torch.Tensor | None, fmt: WeightFormat, group: int) -> bool:
+    """Whether some rows, from all parts of the matrix, lose much less as they are than turned."""
+
+    def error(rows: torch.Tensor) -> torch.Tensor:
+        return (Rounded(*round_weight(rows, fmt, group), group).values() - rows).square().sum()
+
+    parts = [weight] if gate is None else [gate, weight]
+    rows = torch.cat([part[:: -(-len(part) // _ROWS_TO_TRY)] for part in parts]).float()
+    return bool(error(rows) < _MUCH_LESS * error(turn(rows)))
 
 
 @torch.no_grad()

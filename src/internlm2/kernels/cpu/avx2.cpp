@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // as in avx512.cpp
+constexpr int64_t AHEAD = 4096;  // of the words: so far on, data are asked for
 constexpr int TILE = 3;          // activation rows at a time: 6 sums, their registers for products, the weights
 
 inline __m256i load(const uint8_t* data) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)); }

@@ -13,7 +13,7 @@ namespace {
 // The processor follows a stream by itself, but begins anew in every page of 4 KiB, and there the wait is for the address
 // as well as for the data. So every page is touched long before its turn. That is enough for one or two rows, which ask
 // for data as fast as the memory gives it (asking for every line is slower); with more rows the processor looks ahead
-// too late, so the first 16 lines of the next page are asked for too.
+// too late, so every line is asked for, a page ahead.
 constexpr uintptr_t PAGE = 4096, TOUCH_AHEAD = 8 * PAGE;
 constexpr int64_t ASK_BYTES = 512;  // from one call of `ask` to the next
 constexpr int FEW_ROWS = 2;
@@ -23,9 +23,9 @@ inline void ask(const uint8_t* data) {
     const auto at = reinterpret_cast<uintptr_t>(data), page = at & ~(PAGE - 1);
     _mm_prefetch(reinterpret_cast<const char*>(page + TOUCH_AHEAD), _MM_HINT_T1);
     if (M > FEW_ROWS) {
-        const auto* next = reinterpret_cast<const char*>(page + PAGE + (at - page) / ASK_BYTES * 128);
-        _mm_prefetch(next, _MM_HINT_T0);
-        _mm_prefetch(next + 64, _MM_HINT_T0);
+        const auto* next = reinterpret_cast<const char*>(at + PAGE);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < ASK_BYTES; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
     }
 }
 

@@ -12,7 +12,7 @@ EXPORTED int32_t internlm2_attend(const Pages* pages, int64_t layer, const int64
 
 namespace {
 
-constexpr int64_t ROWS_PER_CHUNK = 8;
+constexpr int64_t ROWS_PER_CHUNK = 8;  // of keys and values that are only written
 
 int64_t element_bytes(int32_t element) { return element == ELEMENT_F32 ? 4 : element == ELEMENT_BF16 ? 2 : 1; }
 
@@ -46,13 +46,13 @@ struct Step {
     float* normed;
     const float* qkv;
     uint8_t* queries;
-    int64_t num_rows, layer;
+    int64_t num_rows, layer, rows_per_chunk;
 };
 
 void norm_rows(void* context, int64_t chunk) {
     const Step& step = *static_cast<const Step*>(context);
-    const int64_t size = step.decoder.hidden_size, end = (chunk + 1) * ROWS_PER_CHUNK;
-    for (int64_t row = chunk * ROWS_PER_CHUNK; row < end && row < step.num_rows; ++row) {
+    const int64_t size = step.decoder.hidden_size, end = (chunk + 1) * step.rows_per_chunk;
+    for (int64_t row = chunk * step.rows_per_chunk; row < end && row < step.num_rows; ++row) {
         const float* added = step.added == nullptr ? nullptr : step.added + row * size;
         step.kernels.norm_row(step.hidden + row * size, added, step.norm, size, step.decoder.eps,
                               step.normed + row * size);
@@ -64,8 +64,8 @@ void rotate_rows(void* context, int64_t chunk) {
     const Step& step = *static_cast<const Step*>(context);
     const Pages& pages = step.pages;
     const int64_t dim = pages.head_dim, group = step.decoder.num_heads / pages.num_kv_heads;
-    const int64_t end = (chunk + 1) * ROWS_PER_CHUNK;
-    for (int64_t row = chunk * ROWS_PER_CHUNK; row < end && row < step.num_rows; ++row) {
+    const int64_t end = (chunk + 1) * step.rows_per_chunk;
+    for (int64_t row = chunk * step.rows_per_chunk; row < end && row < step.num_rows; ++row) {
         const float* cos = step.cos + row * dim;
         const float* sin = step.sin + row * dim;
         for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
@@ -84,7 +84,7 @@ void rotate_rows(void* context, int64_t chunk) {
 }
 
 void by_rows(Step& step, Work work, int32_t num_threads) {
-    run_chunks((step.num_rows + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK, num_threads, work, &step);
+    run_chunks((step.num_rows + step.rows_per_chunk - 1) / step.rows_per_chunk, num_threads, work, &step);
 }
 
 void norm(Step& step, const float* added, const float* weight, int32_t num_threads) {
@@ -173,7 +173,7 @@ EXPORTED int32_t internlm2_decode(const Decoder* decoder, const Pages* pages, co
     Rows rows;
     if (!take_rows(*decoder, *pages, num_rows, rows)) return 1;
     Step step{current_kernels(), *decoder, *pages, slots, cos, sin, hidden, nullptr, nullptr, rows.normed, rows.qkv,
-              reinterpret_cast<uint8_t*>(rows.queries), num_rows, 0};
+              reinterpret_cast<uint8_t*>(rows.queries), num_rows, 0, rows_per_chunk(decoder->hidden_size)};
     const float* added = nullptr;
     for (; step.layer < decoder->num_layers; ++step.layer) {
         const Layer& layer = decoder->layers[step.layer];

@@ -54,14 +54,12 @@ struct Call {
     Activations activations;
 };
 
-constexpr int64_t ROWS_PER_CHUNK = 8;
-
 int64_t size_of(int32_t element) { return element == ELEMENT_F32 ? 4 : 2; }
 
 void prepare(void* context, int64_t chunk) {
     const Call& call = *static_cast<const Call*>(context);
-    const int64_t end = (chunk + 1) * ROWS_PER_CHUNK;
-    for (int64_t row = chunk * ROWS_PER_CHUNK; row < end && row < call.num_rows; ++row) {
+    const int64_t size = rows_per_chunk(call.weight.columns), end = (chunk + 1) * size;
+    for (int64_t row = chunk * size; row < end && row < call.num_rows; ++row) {
         const uint8_t* x = call.x + row * call.x_stride * size_of(call.x_element);
         call.kernels.round_row(call.weight, x, call.x_element, call.activations,
                                row * call.weight.num_parts);
@@ -168,7 +166,8 @@ EXPORTED int32_t internlm2_linear(const Weight* weight, const void* x, int32_t x
               x_stride, out_stride, x_element, out_element, choose_blocks_per_chunk(w, num_blocks, num_threads),
               num_blocks, {memory, scale, shift, parts, words, groups, tile_rows}};
     if (num_blocks * block_bytes(w) * num_rows < WORTH_SHARING_BYTES) num_threads = 1;
-    run_chunks((num_rows + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK, num_threads, prepare, &call);
+    const int64_t rows = rows_per_chunk(w.columns);
+    run_chunks((num_rows + rows - 1) / rows, num_threads, prepare, &call);
     run_chunks((call.num_blocks + call.blocks_per_chunk - 1) / call.blocks_per_chunk, num_threads, multiply, &call);
     return 0;
 }

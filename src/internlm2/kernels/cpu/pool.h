@@ -14,6 +14,12 @@ using Work = void (*)(void* context, int64_t chunk);
 // them, and returns when all are done. A second caller at the same time works alone.
 void run_chunks(int64_t num_chunks, int num_threads, Work work, void* context);
 
+// Work on single rows goes to other threads in pieces of so many rows, each worth the microsecond that this takes.
+inline int64_t rows_per_chunk(int64_t values_per_row) {
+    const int64_t rows = 8192 / (values_per_row > 0 ? values_per_row : 1);
+    return rows < 1 ? 1 : rows;
+}
+
 // How many workers exist now.
 int num_workers();
 

@@ -33,10 +33,7 @@ inline __m512 load_sixteen(const uint8_t* source, int32_t element, int64_t from,
 
 void round_row_512(const Weight& weight, const void* x, int32_t element, const Activations& out, int64_t row) {
     if (weight.kind == BFLOAT16 || weight.num_parts != 1) return round_row(weight, x, element, out, row);
-    const int64_t tile = row / out.tile_rows, m = row % out.tile_rows, stride = rows_of_tile(out, tile);
-    int32_t* words = out.words + tile * out.tile_rows * out.num_words + m;
-    float* scale = out.scale + tile * out.tile_rows * out.num_groups + m;
-    float* shift = out.shift + tile * out.tile_rows * out.num_groups + m;
+    auto [words, scale, shift, stride] = row_at(out, row);
     const auto* source = static_cast<const uint8_t*>(x);
     const float shift_of_one = shift_of(weight);
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);

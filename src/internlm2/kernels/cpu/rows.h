@@ -138,11 +138,22 @@ void turn(float* x, int64_t size) {
     }
 }
 
+// Where one row of activations begins in its tile; its next word or group is `stride` further.
+struct RowPlace {
+    int32_t* words;
+    float* scale;
+    float* shift;
+    int64_t stride;
+};
+
+inline RowPlace row_at(const Activations& x, int64_t row) {
+    const int64_t tile = row / x.tile_rows, first = tile * x.tile_rows, m = row % x.tile_rows;
+    return {x.words + first * x.num_words + m, x.scale + first * x.num_groups + m,
+            x.shift + first * x.num_groups + m, rows_of_tile(x, tile)};
+}
+
 void round_row(const Weight& weight, const void* x, int32_t element, const Activations& out, int64_t row) {
-    const int64_t tile = row / out.tile_rows, m = row % out.tile_rows, stride = rows_of_tile(out, tile);
-    int32_t* words = out.words + tile * out.tile_rows * out.num_words + m;
-    float* scale = out.scale + tile * out.tile_rows * out.num_groups + m;
-    float* shift = out.shift + tile * out.tile_rows * out.num_groups + m;
+    auto [words, scale, shift, stride] = row_at(out, row);
     const auto* source = static_cast<const uint8_t*>(x);
     const bool is_bf16 = weight.kind == BFLOAT16;
     const float shift_of_one = shift_of(weight);
