@@ -48,8 +48,8 @@ def make_sequence(number, prompt, params, *, namespace=None):
     return sequence, state
 
 
-def answers(engine, prompts, params, *, namespaces=None, each_step=lambda: None):
-    """The new tokens of each prompt, all served together; integrity is checked after every step."""
+def updates(engine, prompts, params, *, namespaces=None, each_step=lambda: None):
+    """All updates of each prompt, all served together; integrity is checked after every step."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     found = {number: [] for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
@@ -59,11 +59,17 @@ def answers(engine, prompts, params, *, namespaces=None, each_step=lambda: None)
     while engine.has_work:
         for update in engine.step():
             assert update.error is None
-            found[update.sequence.sequence_id] += update.token_ids
+            found[update.sequence.sequence_id].append(update)
         engine.scheduler.check_integrity()
         each_step()
     assert engine.scheduler.pool.num_held == 0
     return [found[number] for number in range(len(prompts))]
+
+
+def answers(engine, prompts, params, *, namespaces=None, each_step=lambda: None):
+    """The new tokens of each prompt, all served together."""
+    every = updates(engine, prompts, params, namespaces=namespaces, each_step=each_step)
+    return [[token for update in own for token in update.token_ids] for own in every]
 
 
 def read_off(engine, prompt, task, *, logits_from=0, top=None):

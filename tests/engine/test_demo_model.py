@@ -1,7 +1,7 @@
-"""What the engine promises, on a real model in float32: each way gives the log-probabilities of transformers' Llama,
-to 1e-5 of the largest logit.
+"""What the engine promises, on a real model. In float32 each way gives the log-probabilities of transformers' Llama, to
+1e-5 of the largest logit. With packed bfloat16, the default on a CPU, each way gives the same bits.
 
-Run: pytest -m slow tests/engine/test_demo_model.py (three minutes; the tiny models are tested on every run).
+Run: pytest -m slow tests/engine/test_demo_model.py (four minutes; the tiny models are tested on every run).
 """
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 
 from internlm2 import LLM, SamplingParams
 from internlm2.cli.main import run
+from internlm2.kernels.library import library
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +104,59 @@ def test_the_next_turn_of_a_chat_is_that_of_a_fresh_model(demo, prompts, expecte
         ours, theirs = ([token.logprob for token in out.logprobs] for out in (one, other))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
     assert cached[-1].num_cached_tokens > 300
+
+
+PACKED_WAYS = {
+    "all at once": {},
+    "small chunks": {"chunk_tokens": 48},
+    "little memory": {"max_model_len": 64, "memory_gib": 7 * 16 * 23040 / 2**30},
+    "prompt lookup": {"speculative": "lookup"},
+}
+needs_kernels = pytest.mark.skipif(
+    library() is None, reason="torch's own products depend on the number of rows"
+)
+
+
+@pytest.fixture(scope="module")
+def lone(demo, prompts):
+    """Packed answers, each computed alone."""
+    torch.set_num_threads(2)
+    llm = LLM(demo, quantization="bfloat16", prefix_cache=False)
+    return [llm.generate([prompt], PARAMS)[0] for prompt in prompts]
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", PACKED_WAYS)
+def test_every_way_gives_the_same_bits_with_packed_weights(demo, prompts, lone, way):
+    torch.set_num_threads(2)
+    llm = LLM(demo, quantization="bfloat16", **PACKED_WAYS[way])
+    if way == "little memory":  # room for two of the three short ones
+        prompts, lone = prompts[:3], lone[:3]
+    for _ in range(2):  # the second time from the cache
+        for out, alone in zip(llm.generate(prompts, PARAMS), lone, strict=True):
+            assert (out.token_ids, out.logprobs, out.text) == (alone.token_ids, alone.logprobs, alone.text)
+    if way == "little memory":
+        assert llm.stats.num_preemptions > 0
+    else:
+        assert llm.stats.num_cached_tokens > 300
+    if way == "prompt lookup":
+        assert llm.stats.num_accepted_tokens > 10
+    streamed = list(llm.stream(prompts[0], PARAMS))
+    assert [token for piece in streamed for token in piece.token_ids] == lone[0].token_ids
+    assert "".join(piece.text for piece in streamed) == lone[0].text
+
+
+@needs_kernels
+def test_packed_weights_are_as_near_to_transformers_as_plain_bfloat16(demo, prompts, expected):
+    torch.set_num_threads(2)
+    answers = [tokens for tokens, _, _ in expected]
+    exact = torch.cat([logprobs for _, logprobs, _ in expected])
+
+    def loss(quantization: str) -> float:
+        scores = LLM(demo, quantization=quantization).score(prompts, answers)
+        found = torch.tensor([logprob for score in scores for logprob in score.token_logprobs])
+        return float((found - exact).norm() / exact.norm())
+
+    packed, plain = loss("bfloat16"), loss("none")
+    print(f"relative error of log-probabilities: packed {packed:.4f}, plain {plain:.4f}")
+    assert 0 < packed < 1.1 * plain

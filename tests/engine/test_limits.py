@@ -164,6 +164,13 @@ def test_unknown_adapters_and_uneven_params_are_refused(llm):
         llm.generate(["Hello"], adapter="poet")
     with pytest.raises(RequestError, match="There are 1 params for 2 prompts"):
         llm.generate(["a", "b"], [SamplingParams()])
+    for wrong in ({"temperature": 1}, [{"temperature": 1}], "greedy", [None]):
+        with pytest.raises(
+            RequestError, match=r"^params is .* must be SamplingParams\(...\), or a list of them"
+        ):
+            llm.generate(["a"], wrong)
+        with pytest.raises(RequestError, match=r"^params is "):
+            llm.stream("a", wrong)
     with pytest.raises(RequestError, match="The continuation is empty"):
         llm.score(["a"], [""])
 

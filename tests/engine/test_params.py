@@ -160,6 +160,12 @@ def test_a_request_that_asks_for_nothing_is_greedy_and_unchanged():
         {"bad_words": 5},
         {"logit_bias": None},
         {"logit_bias": [1]},
+        {"bad_words_ids": 5},
+        {"bad_words_ids": (5,)},
+        {"stop": (text for text in ("a",))},  # would be empty after the check
+        {"regex": 5},
+        {"json_schema": 5},
+        {"ignore_eos": "no"},
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(values):

@@ -227,6 +227,17 @@ def test_prompt_logprobs_equal_log_softmax(top):
     torch.testing.assert_close(values, best.values, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_logprobs_of_a_row_alone_have_the_bits_of_the_batch(num_threads):
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(96, 49_152, generator=generator)  # torch would share out a lone one
+    targets = torch.randint(49_152, (96,), generator=generator).tolist()
+    torch.set_num_threads(num_threads)
+    alone = [prompt_logprobs(row[None], [target], 2)[0] for row, target in zip(logits, targets, strict=True)]
+    for size in (2, 5, 96):
+        assert prompt_logprobs(logits[:size], targets[:size], 2) == alone[:size]
+
+
 def test_logprobs_are_the_models_own_before_penalties_and_temperature():
     logits = random_logits(0, 3, 45)
     expected = logits.double().log_softmax(-1)

@@ -292,19 +292,21 @@ def _sizes(
     if longest is not None:
         num_pages = min(num_pages, options.max_num_seqs * -(-longest // PAGE_SIZE))
     capacity = num_pages * PAGE_SIZE
+    remedies = "Raise memory_gib" + ("" if options.kv_dtype == "int8" else " or set kv_dtype='int8'")
     if capacity < 2 or (isinstance(asked, int) and capacity < asked):
         raise MemoryBudgetError(
             f"The memory for keys and values holds {capacity} tokens of {page_bytes / PAGE_SIZE / 1024:.1f} KiB, but "
-            f"one sequence may have {longest or 2}. Raise memory_gib, lower max_model_len, or set kv_dtype='int8'."
+            f"one sequence may have {longest or 2}. {remedies}, or lower max_model_len."
         )
     max_model_len = capacity if longest is None else min(longest, capacity)
     if asked == "auto":
         _log.info("Longest context that fits: %s tokens.", f"{max_model_len:,}")
     elif trained is not None and asked is None and max_model_len < trained:
         _log.warning(
-            "The model takes %s tokens, but the memory holds %s. Raise memory_gib or set kv_dtype='int8'.",
+            "The model takes %s tokens, but the memory holds %s. %s.",
             f"{trained:,}",
             f"{max_model_len:,}",
+            remedies,
         )
     num_host_pages = int(options.host_memory_gib * GIB) // page_bytes
     memory.check_fits(

@@ -1,6 +1,6 @@
 """What a request may ask for: one frozen set of values, checked where it is made."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
@@ -86,6 +86,11 @@ class SamplingParams:
                 object.__setattr__(self, name, int(getattr(self, name)))
         for name in _NUMBERS:
             check(_is_number(getattr(self, name)), name, getattr(self, name), "a number")
+        check(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
+        is_text = self.regex is None or isinstance(self.regex, str)
+        check(is_text, "regex", self.regex, "a text or None")
+        is_schema = self.json_schema is None or isinstance(self.json_schema, str | Mapping)
+        check(is_schema, "json_schema", self.json_schema, "a dict, its text as JSON, or None")
 
     def _check_lengths(self) -> None:
         check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -124,17 +129,19 @@ class SamplingParams:
             check(_is_id(token), "An id in logit_bias", token, "a whole number from 0 on")
             check(_is_number(bias), f"logit_bias of {token}", bias, "a number")
             check(-100 <= bias <= 100, f"logit_bias of {token}", bias, "from -100 to 100")
-        for word in self.bad_words_ids:
-            is_good = len(word) > 0 and all(map(_is_id, word))
+        words = self.bad_words_ids
+        check(isinstance(words, Collection), "bad_words_ids", words, "a tuple of tuples of ids")
+        for word in words:
+            is_good = isinstance(word, Collection) and len(word) > 0 and all(map(_is_id, word))
             check(is_good, "A word in bad_words_ids", word, "at least one id, each a whole number from 0 on")
 
     def _check_texts(self) -> None:
         for name in ("stop", "bad_words", "choice"):
             texts = getattr(self, name)
             check(not isinstance(texts, str), name, texts, "a tuple of texts, not one text")
-            is_good = isinstance(texts, Iterable) and all(isinstance(text, str) and text for text in texts)
+            is_good = isinstance(texts, Collection) and all(isinstance(text, str) and text for text in texts)
             check(is_good, name, texts, "texts of at least one character")
-        is_good = isinstance(self.stop_token_ids, Iterable) and all(map(_is_id, self.stop_token_ids))
+        is_good = isinstance(self.stop_token_ids, Collection) and all(map(_is_id, self.stop_token_ids))
         check(is_good, "stop_token_ids", self.stop_token_ids, "ids, each a whole number from 0 on")
         forms = [name for name in ("json_schema", "regex") if getattr(self, name) is not None]
         forms += ["choice"] if self.choice else []

@@ -221,13 +221,20 @@ def prompt_logprobs(
     for first in range(0, len(targets), LOGPROB_ROWS):
         rows = logits[first : first + LOGPROB_ROWS].float()
         ids = torch.tensor(targets[first : first + LOGPROB_ROWS], device=logits.device)[:, None]
-        totals = rows.logsumexp(-1, keepdim=True)  # (R, 1)
+        totals = _log_mass(rows)
         chosen = (rows.gather(1, ids) - totals)[:, 0].tolist()
         named = rows[:, :vocab_size].topk(min(top, vocab_size or rows.shape[1]))
         values = (named.values - totals).tolist()
         for logprob, *columns in zip(chosen, named.indices.tolist(), values, strict=True):
             results.append(TokenLogprobs(logprob, tuple(zip(*columns, strict=True))))
     return results
+
+
+def _log_mass(rows: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the sum of exponentials of each row, with the same bits in any company. rows: (R, V) -> (R, 1)."""
+    # NOTE: torch shares out the sum of a lone long row over its threads, and then rounds it differently.
+    at_least_two = rows.expand(2, -1) if len(rows) == 1 else rows
+    return at_least_two.logsumexp(-1, keepdim=True)[: len(rows)]
 
 
 def _chosen_logprobs(
