@@ -60,6 +60,7 @@ CASES = (
     Case("bfloat16 in the kernels", quantization="bfloat16"),  # near ties tip here already
     Case("int8 in the kernels", quantization="int8"),
     Case("int4 in the kernels", quantization="int4"),
+    Case("int4-symmetric in the kernels", quantization="int4-symmetric"),
     _file("int8", "rtn"),
     _file("int8", "gptq"),
     _file("int4", "rtn"),
@@ -72,6 +73,7 @@ CASES = (
     _file("int4", "awq+gptq", symmetric=True),
     Case("demo as it is: int8 in the kernels", quantization="int8", is_turned=False),
     Case("demo as it is: int4 in the kernels", quantization="int4", is_turned=False),
+    Case("demo as it is: int4-symmetric in the kernels", quantization="int4-symmetric", is_turned=False),
 )
 
 

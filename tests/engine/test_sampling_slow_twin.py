@@ -8,6 +8,7 @@ from sampling_cases import HARD, exact_chances, random_logits, shortlist, state_
 
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.sampling.sampler import sample, uniform
+from internlm2.kernels import sampling
 from reference import slow_sampling
 
 
@@ -31,8 +32,16 @@ KINDS = ["random", "flat", "nearly flat", "two values", "ties", "signed zeros", 
          "mostly forbidden"]  # fmt: skip
 
 
+@pytest.fixture(params=["C++", "torch"])
+def way(request, monkeypatch):
+    """Whether the kernel chooses, where there is one, or plain torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "is_available", lambda _: False)
+
+
 @pytest.mark.parametrize("vocab_size", [1, 31, 256, 1001, 9001])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("way")
 def test_the_fast_way_equals_a_full_sort(kind, vocab_size):
     """All filters in one batch; the slow twin takes one row at a time."""
     logits = hard_logits(kind, vocab_size)
@@ -61,6 +70,7 @@ def test_common_filters_need_no_full_sort_and_hard_ones_ask_for_it():
         assert shortlist(logits, SamplingParams(temperature=3.0, **values)).is_exact == [False]
 
 
+@pytest.mark.usefixtures("way")
 def test_greedy_takes_the_first_of_equal_logits():
     for vocab_size in (5, 128, 9001):
         logits = random_logits(0, vocab_size).round().clamp(max=2)

@@ -10,7 +10,8 @@ import torch
 from internlm2.checkpoint.source import expected_shapes
 from internlm2.engine.llm import LLM
 from internlm2.eval.backends.engine import EngineModel
-from internlm2.eval.cost import DEVICES, Load, as_text, count, estimate, find_device, mean_answers
+from internlm2.eval.cost import Load, as_text, count, estimate, mean_answers
+from internlm2.eval.devices import DEVICES, find_device
 from internlm2.eval.profile import find_profile
 from internlm2.eval.questions import RunSettings, choose_questions
 from internlm2.eval.run_folder import read_samples
@@ -40,7 +41,7 @@ def test_tokens_are_those_that_the_engine_computes(window, chat_folder, sample, 
     lengths = mean_answers(read_samples(tmp_path / "run").values())
     loads = count(
         llm.tokenizer, parts, settings,
-        max_model_len=llm.max_model_len, answer_tokens=lengths, config=llm.model.config,
+        max_model_len=llm.max_model_len, answers=lengths, config=llm.model.config,
     )  # fmt: skip
     assert sum(load.computed_tokens for load in loads) == llm.stats.num_prompt_tokens
     assert llm.stats.num_cached_tokens > 0, "otherwise nothing is shared, and this shows nothing"
@@ -61,6 +62,7 @@ def test_answers_that_no_run_measured_are_as_long_as_their_limit(chat_folder, sa
         tokenizer, choose_questions(sample, find_profile("fixed"), settings), settings, max_model_len=32768
     )
     assert load.output_tokens == 512 * load.num_answers
+    assert load.decoded_tokens == 511 * load.num_answers, "the last token of a cut answer is never read"
     (cut,) = count(
         tokenizer, choose_questions(sample, find_profile("fixed"), settings), settings, max_model_len=100
     )
@@ -87,12 +89,20 @@ def test_answers_are_written_together_and_read_the_weights_once_for_all():
     config = preset("7b")
     read = 2 * (num_parameters(config) - config.vocab_size * config.hidden_size)  # not the embedding table
     keys = 2 * 32 * 8 * 128 * 2  # bytes of a token: keys and values, layers, heads, width, bfloat16
-    load = Load("x", num_answers=640, output_tokens=640 * 100, decoded_keys=640 * 100 * 1000)
+    load = Load(
+        "x", num_answers=640, output_tokens=640 * 100, decoded_tokens=640 * 100, decoded_keys=640 * 100 * 1000
+    )
     (cost,) = estimate([load], config, H100, max_num_seqs=64)
     assert cost.num_at_once == 64
     assert cost.decode_bytes == pytest.approx(1000 * read + keys * 640 * 100 * 1000)
     assert cost.decode_seconds == pytest.approx(cost.decode_bytes / 3.35e12)
-    long = Load("x", num_answers=640, output_tokens=640 * 100, decoded_keys=640 * 100 * 200_000)
+    long = Load(
+        "x",
+        num_answers=640,
+        output_tokens=640 * 100,
+        decoded_tokens=640 * 100,
+        decoded_keys=640 * 100 * 200_000,
+    )
     assert estimate([long], config, H100)[0].num_at_once == 2, "26 GB each beside 15 GB of weights"
 
 
@@ -101,7 +111,9 @@ def num_parameters(config) -> int:
 
 
 def test_half_of_the_rates_is_twice_the_time():
-    load = Load("x", computed_tokens=1000, num_answers=1, output_tokens=10, decoded_keys=100)
+    load = Load(
+        "x", computed_tokens=1000, num_answers=1, output_tokens=10, decoded_tokens=9, decoded_keys=100
+    )
     (whole,) = estimate([load], preset("7b"), H100)
     (half,) = estimate([load], preset("7b"), replace(H100, prefill_share=0.5, decode_share=0.5))
     assert half.seconds == pytest.approx(2 * whole.seconds)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -164,3 +165,27 @@ def test_the_demo_model_reads_english_better_than_noise():
     assert (
         measure(scorer, [("a", text[::-1])], Window(256, 128)).total.bits_per_byte > 2 * english.bits_per_byte
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none.txt"], r"There is no file .*none\.txt\. Check its name\."),
+        (["latin.txt"], r"latin\.txt cannot be read: it is not UTF-8 .*Mend it, or leave it out\."),
+        (["bad.jsonl"], r"bad\.jsonl cannot be read: line 1 has no field 'text'\. Mend it"),
+        (["good.txt", "--window", "0"], "window is 0, but must be at least 2"),
+        (["good.txt", "--stride", "0"], "stride is 0, but must be at least 1"),
+    ],
+)
+def test_what_the_command_cannot_read_is_refused_before_a_model_is_loaded(words, message, tmp_path, capsys):
+    from internlm2.cli import main as cli
+
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text('{"txt": 1}\n')
+    assert (
+        cli.run(["eval", "perplexity", str(tmp_path / "no-model"), str(tmp_path / words[0]), *words[1:]]) == 2
+    )
+    told = capsys.readouterr().err
+    assert re.search(message, " ".join(told.split()))
+    assert "internlm2 eval data" not in told

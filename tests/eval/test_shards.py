@@ -74,6 +74,13 @@ def test_every_question_belongs_to_one_shard(count, sample):
         assert shares[0][:2] == everything[:2], "neighbours stay together"
 
 
+def test_few_questions_are_shared_as_well(sample, monkeypatch):
+    monkeypatch.setattr("internlm2.eval.shards._BLOCK", 16)
+    settings = RunSettings(("gsm8k",), "fixed", is_chat=True, limit=2)
+    sizes = [sum(len([*p.items]) for p in Shard(n, 2).share(asked(sample, settings))) for n in (1, 2)]
+    assert sizes == [1, 1], "in blocks of 16 one machine would have loaded a model for nothing"
+
+
 def test_shards_merge_to_the_results_of_one_run(sample, straight, tmp_path):
     for number in (3, 1, 2):
         evaluate_shard(ScriptedModel(guess), asked(sample), tmp_path, SETTINGS, shard=Shard(number, 3))

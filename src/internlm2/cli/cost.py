@@ -30,6 +30,10 @@ def cost(
     tflops: Annotated[float | None, Parameter(help="Another rate of matrix products, in TFLOP/s.")] = None,
     gbps: Annotated[float | None, Parameter(help="Another rate of memory, in GB/s.")] = None,
     reached: Annotated[float, Parameter(help="Share of both rates that is reached; 1 is the limit.")] = 1.0,
+    bench: Annotated[
+        Path | None,
+        Parameter(help="What `internlm2 bench MODEL --json` wrote: its speed in place of a data sheet's."),
+    ] = None,
     max_num_seqs: Annotated[int, Parameter(help="Answers that are written at the same time.")] = 64,
     max_model_len: Annotated[int | None, Parameter(help="Longest prompt plus answer, in tokens.")] = None,
     json_output: Annotated[bool, Parameter("--json", help="Print one JSON object.", negative=())] = False,
@@ -40,9 +44,10 @@ def cost(
     """
     from internlm2.checkpoint.open import open_checkpoint
     from internlm2.checkpoint.resolve import resolve_model
-    from internlm2.errors import CheckpointError
-    from internlm2.eval.cost import as_text, count, estimate, find_device, mean_answers
+    from internlm2.errors import CheckpointError, RequestError
+    from internlm2.eval.cost import as_text, count, estimate, mean_answers
     from internlm2.eval.data.folder import DataFolder
+    from internlm2.eval.devices import find_device, measured_device
     from internlm2.eval.profile import find_profile
     from internlm2.eval.questions import RunSettings, choose_questions, read_limits
     from internlm2.eval.run_folder import read_samples
@@ -58,6 +63,10 @@ def cost(
         prefill_share=reached,
         decode_share=reached,
     )
+    if bench is not None and (device, tflops, gbps, reached) != ("h100", None, None, 1.0):
+        raise RequestError(
+            "--bench says how fast the device is. Leave --device, --tflops, --gbps and --reached out."
+        )
     names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or CARD_TASKS
     all_limit, task_limits = read_limits(limit or "")
     settings = RunSettings(names, profile, chat, all_limit, seed, task_limits=task_limits)
@@ -72,9 +81,11 @@ def cost(
         folder = path if path.is_dir() else open_checkpoint(path).tokenizer_folder
     if folder is None:
         raise CheckpointError(f"{path} has no tokenizer. Give a folder that holds one.")
+    if bench is not None:
+        rates = measured_device(bench, config if shape is None else open_checkpoint(path).config)
     tokenizer = Tokenizer.from_pretrained(folder)
     longest = max_model_len or config.max_position_embeddings
-    loads = count(tokenizer, parts, settings, max_model_len=longest, answer_tokens=lengths, config=config)
+    loads = count(tokenizer, parts, settings, max_model_len=longest, answers=lengths, config=config)
     costs = estimate(loads, config, rates, max_num_seqs=max_num_seqs)
     if json_output:
         told = [asdict(one) | {"seconds": one.seconds} for one in costs]

@@ -137,7 +137,8 @@ def run(
     from internlm2.eval.data.folder import DataFolder
     from internlm2.eval.profile import find_profile
     from internlm2.eval.questions import RunSettings, choose_questions, read_limits
-    from internlm2.eval.runner import evaluate
+    from internlm2.eval.run_folder import check_folder
+    from internlm2.eval.runner import evaluate, identity_of
     from internlm2.eval.shards import Shard, evaluate_shard
     from internlm2.eval.table import FinishedRun
     from internlm2.eval.table import table as as_table
@@ -149,6 +150,7 @@ def run(
     settings = RunSettings(names, profile, chat, count, config.seed or 0, early_stop, task_limits)
     parts = choose_questions(DataFolder(data), find_profile(profile), settings)  # before a model is loaded
     share = None if shard is None else Shard.parse(shard)
+    check_folder(output if share is None else share.folder(output), identity_of({}, parts, settings))
     has_labels = any(item.labels for part in parts for item in part.items)
     check = None if no_self_check else partial(_self_check, is_chat=chat, has_labels=has_labels)
     with ExitStack() as stack:
@@ -158,6 +160,7 @@ def run(
             if check is not None:
                 check(answers, None)
         else:
+            _refuse_key(api_key_env)
             answers = stack.enter_context(
                 on_workers(partial(_checked, model, config, check), config, workers)
             )
@@ -178,19 +181,15 @@ def show(
     whole: Annotated[bool, Parameter(help="All of each prompt, not only its end.", negative=())] = False,
 ) -> None:
     """Print samples of a run: prompt, answer, what was read as the answer, and the verdict."""
-    from internlm2.eval.run_folder import read_samples
+    from internlm2.errors import check
+    from internlm2.eval.run_folder import chosen_samples, read_samples
     from internlm2.eval.table import sample_text
 
-    num_shown = 0
-    for sample in read_samples(run).values():
-        is_meant = task is None or task in (sample.task, f"{sample.task}.{sample.subset}")
-        is_meant &= not errors or bool(sample.error)
-        is_meant &= not wrong or bool(sample.error) or sample.score < 1
-        if not is_meant or (limit is not None and num_shown >= limit):
-            continue
+    check(limit is None or limit >= 1, "limit", limit, "at least 1, or left out for all")
+    found = chosen_samples(read_samples(run), task=task, is_wrong=wrong, is_error=errors)
+    for sample in found[:limit]:
         print(sample_text(sample, is_whole=whole) + "\n")
-        num_shown += 1
-    if not num_shown:
+    if not found:
         print("There is no such sample.", file=sys.stderr)
 
 
@@ -284,6 +283,15 @@ def _self_check(answers: "LanguageModel", look: _Look | None, *, is_chat: bool, 
                 logger.warning("Self-check, %s: %s %s", finding.check, finding.text, finding.remedy)
         require([*check_tokenizer(look.tokenizer, PROBES, num_rows=look.num_rows, is_chat=is_chat)])
     require([*check_answers(answers, is_chat=is_chat, has_labels=has_labels)])
+
+
+def _refuse_key(name: str | None) -> None:
+    from internlm2.errors import RequestError
+
+    if name is not None:
+        raise RequestError(
+            f"--api-key-env is {name!r}, but no endpoint is given. Give --endpoint, or leave it out."
+        )
 
 
 def _endpoint(

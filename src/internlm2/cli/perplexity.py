@@ -26,12 +26,15 @@ def perplexity(
     flags: RunFlags | None = None,
 ) -> None:
     """Print the perplexity of texts: by token, by word between blanks, by byte, and bits per byte."""
+    from internlm2.errors import check
     from internlm2.eval.backends.scorer import EngineScorer
     from internlm2.eval.task import EvalError
     from internlm2.eval.tasks.perplexity import Window, measure
 
     if not files:
         raise EvalError("No text is given. Name one or more files.")
+    check(window >= 2, "window", window, "at least 2")
+    check(stride is None or stride >= 1, "stride", stride, "at least 1, or left out")
     texts = list(_texts(files))  # before a model is loaded
     config = options.resolve(flags)
     llm = options.load_llm(model, config)
@@ -44,7 +47,7 @@ def _texts(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
     from internlm2.eval.data.folder import DataFolder
 
     for path in files:
-        folder = DataFolder(path.parent)
+        folder = DataFolder(path.parent, is_own=True)
         if path.suffix == ".jsonl":
             for n, row in enumerate(folder.rows(path.name, ("text",)), 1):
                 yield f"{path}:{n}", str(row["text"])

@@ -51,6 +51,8 @@ def plot(
 
     found = _load(runs)
     if needle is None:
+        if curve:
+            raise EvalError("--curve is for needle tests. Name one with --needle, or leave --curve out.")
         plot_scores(found, out)
         print(out)
         return

@@ -8,12 +8,12 @@ long they get, only a run can say. Times are a roofline (Williams, Waterman, Pat
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from internlm2.checkpoint.plan import PAGE_TOKENS, plan
-from internlm2.config import suggest
 from internlm2.errors import RequestError
 from internlm2.eval.backends.engine import encode_prompt, scored_from, without_system
+from internlm2.eval.devices import GIB, Device
 from internlm2.eval.model import Prompt, Request, fit
 from internlm2.eval.profile import find_profile
 from internlm2.eval.questions import Part, RunSettings
@@ -22,44 +22,6 @@ from internlm2.eval.runner import request_of
 from internlm2.eval.task import EvalError
 from internlm2.model.config import ModelConfig
 from internlm2.tokenizer import Tokenizer
-
-GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Device:
-    """Stated rates of a device. flops_per_second: of dense matrix products in bfloat16.
-
-    prefill_share, decode_share: how much of them a run reaches, of the products and of the memory's bandwidth. 1 is
-    what no program can beat.
-    """
-
-    name: str
-    flops_per_second: float
-    bytes_per_second: float
-    memory_bytes: float
-    prefill_share: float = 1.0
-    decode_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("flops_per_second", "bytes_per_second", "memory_bytes", "prefill_share", "decode_share"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise EvalError(f"{name} is {getattr(self, name)}, but must be a number above 0.")
-
-
-# The makers' data sheets: dense bfloat16, without sparsity.
-DEVICES = {
-    "h100": Device("H100 SXM", 989.4e12, 3.35e12, 80 * GIB),
-    "h200": Device("H200 SXM", 989.4e12, 4.8e12, 141e9),
-    "a100": Device("A100 80GB SXM", 312e12, 2.039e12, 80 * GIB),
-}
-
-
-def find_device(name: str) -> Device:
-    """The stated rates of "h100", "h200" or "a100". Raises EvalError otherwise."""
-    if name.lower() not in DEVICES:
-        raise EvalError(f"No device called {name!r}. {suggest(name, list(DEVICES))}")
-    return DEVICES[name.lower()]
 
 
 @dataclass(frozen=True)
@@ -81,6 +43,7 @@ class Load:
     num_scored: int = 0
     num_answers: int = 0
     output_tokens: float = 0.0
+    decoded_tokens: float = 0.0
     decoded_keys: float = 0.0
 
     def __add__(self, other: "Load") -> "Load":
@@ -120,10 +83,10 @@ def count(
     settings: RunSettings,
     *,
     max_model_len: int,
-    answer_tokens: Mapping[str, float] | None = None,
+    answers: Mapping[str, "MeanAnswer"] | None = None,
     config: ModelConfig | None = None,
 ) -> list[Load]:
-    """What each task asks. answer_tokens: mean length of an answer by task, as a run measured it; None: the limit.
+    """What each task asks. answers: how long they are by task, as a run measured it; None: as long as they may be.
 
     config: of the model; None: as if no text were longer than those that it was trained on.
     """
@@ -134,7 +97,7 @@ def count(
         return encode_prompt(tokenizer, prompt, label)
 
     def load_of(part: Part) -> Load:
-        length = (answer_tokens or {}).get(part.facts.name)
+        mean = (answers or {}).get(part.facts.name)
         total = Load(part.facts.name)
         for item in part.items:
             request = request_of(item, find_profile(settings.profile), settings)
@@ -145,42 +108,68 @@ def count(
             except RequestError:
                 total += Load(total.task, num_questions=1, num_errors=1)
             else:
-                total += _question(request, fitted.token_ids, length, counter)
+                total += _question(request, fitted.token_ids, mean, counter)
         return total
 
     return [load_of(part) for part in parts]
 
 
-def mean_answers(samples: Iterable[Sample]) -> dict[str, float]:
-    """Mean tokens of the answers that were written, by task."""
-    lengths: dict[str, list[int]] = {}
+@dataclass(frozen=True)
+class MeanAnswer:
+    """How long answers are on average. tokens: written. decoded_tokens: read to write the next, or the end."""
+
+    tokens: float
+    decoded_tokens: float
+
+    @classmethod
+    def longest(cls, max_tokens: int) -> "MeanAnswer":
+        """An answer that its limit cuts: its last token is never read."""
+        return cls(max_tokens, max(0, max_tokens - 1))
+
+
+def mean_answers(samples: Iterable[Sample]) -> dict[str, MeanAnswer]:
+    """The mean answer that was written, by task."""
+    found: dict[str, list[tuple[int, int]]] = {}
     for sample in samples:
         if sample.finish_reason and not sample.error:
-            lengths.setdefault(sample.task, []).append(sample.output_tokens)
-    return {task: statistics.fmean(own) for task, own in lengths.items()}
+            is_cut = sample.finish_reason == "length"
+            pair = sample.output_tokens, max(0, sample.output_tokens - is_cut)
+            found.setdefault(sample.task, []).append(pair)
+    return {
+        task: MeanAnswer(*map(statistics.fmean, zip(*pairs, strict=True))) for task, pairs in found.items()
+    }
 
 
-def _question(request: Request, texts: Sequence[list[int]], length: float | None, counter: _Counter) -> Load:
-    """One question. length: mean tokens of an answer; None: as many as it may have."""
+def _question(
+    request: Request, texts: Sequence[list[int]], mean: MeanAnswer | None, counter: _Counter
+) -> Load:
+    """One question. mean: how long its answer is; None: as long as it may be."""
     computed = attended = num_scored = 0
     for ids, wanted_from, num_rows in _passes(texts, has_labels=bool(request.labels)):
         new = counter.computed(ids, wanted_from=wanted_from, num_total=len(ids) + max(1, request.max_tokens))
         computed += new
         attended += _keys(len(ids) - new, len(ids))
         num_scored += num_rows
-    written = (
-        0.0 if request.labels else min(request.max_tokens, request.max_tokens if length is None else length)
-    )
-    return Load(
+    load = Load(
         "",
         num_questions=1,
         prompt_tokens=sum(map(len, texts)),
         computed_tokens=computed,
         attended=attended,
         num_scored=num_scored,
-        num_answers=int(not request.labels),
-        output_tokens=written,
-        decoded_keys=written * (len(texts[0]) + written / 2),
+    )
+    if request.labels:
+        return load
+    longest = MeanAnswer.longest(request.max_tokens)
+    if mean is None or mean.tokens > longest.tokens:
+        mean = longest
+    decoded = mean.decoded_tokens
+    return replace(
+        load,
+        num_answers=1,
+        output_tokens=mean.tokens,
+        decoded_tokens=decoded,
+        decoded_keys=decoded * (len(texts[0]) + (decoded + 1) / 2),
     )
 
 
@@ -200,10 +189,11 @@ def _keys(first: int, end: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a task. prefill_flops: of prompts. num_at_once: answers that are written together."""
+    """Seconds of a task. prefill_*: of prompts; decode_*: of answers. num_at_once: of those written together."""
 
     load: Load
     prefill_flops: int
+    decode_flops: int
     decode_bytes: int
     num_at_once: int
     prefill_seconds: float
@@ -244,21 +234,22 @@ def estimate(
     for load in loads:
         flops = flops_per_token * load.computed_tokens + flops_per_key * load.attended
         flops += flops_per_row * (load.num_scored + load.num_answers)
-        num_at_once, read, products = 0, 0.0, 0
-        if load.output_tokens:
-            mean_keys = max(1.0, load.decoded_keys / load.output_tokens)
+        num_at_once, read, products = 0, 0.0, 0.0
+        if load.decoded_tokens:
+            mean_keys = max(1.0, load.decoded_keys / load.decoded_tokens)
             room = int(left_bytes / (mean_keys * one.kv_bytes_per_token))
             num_at_once = max(1, min(max_num_seqs, load.num_answers, room))
-            read = step_bytes * load.output_tokens / num_at_once + one.kv_bytes_per_token * load.decoded_keys
-            products = (
-                flops_per_token + flops_per_row
-            ) * load.output_tokens + flops_per_key * load.decoded_keys
+            read = step_bytes * load.decoded_tokens / num_at_once + one.kv_bytes_per_token * load.decoded_keys
+            products = (flops_per_token + flops_per_row) * load.decoded_tokens
+            products += flops_per_key * load.decoded_keys
         decode_seconds = max(
             read / (device.bytes_per_second * device.decode_share),
             products / (device.flops_per_second * device.prefill_share),
         )
         prefill_seconds = flops / (device.flops_per_second * device.prefill_share)
-        costs.append(Cost(load, flops, round(read), num_at_once, prefill_seconds, decode_seconds))
+        costs.append(
+            Cost(load, flops, round(products), round(read), num_at_once, prefill_seconds, decode_seconds)
+        )
     return costs
 
 
@@ -295,11 +286,21 @@ def as_text(costs: Sequence[Cost], device: Device, *, are_answers_measured: bool
     length = "as long as in the run" if are_answers_measured else "as long as their limit allows"
     lines += [
         "",
-        f"{device.name}: {device.flops_per_second / 1e12:g} TFLOP/s of which {device.prefill_share:.0%} are reached, "
-        f"{device.bytes_per_second / 1e12:g} TB/s of which {device.decode_share:.0%}",
+        _rates(device),
         f"answers are {length}; computed: tokens of prompts that are left when what they share is computed once",
-        f"all together at least {total / 3600:,.2f} hours ({total:,.0f} s), without loading the model",
+        f"all together {'about' if device.is_measured else 'at least'} {total / 3600:,.2f} hours ({total:,.0f} s), "
+        "without loading the model",
     ]
     if whole.num_errors:
         lines.append(f"{whole.num_errors:,} questions do not fit into the context and are not counted")
     return "\n".join(lines)
+
+
+def _rates(device: Device) -> str:
+    rates = device.flops_per_second / 1e12, device.bytes_per_second / 1e12
+    if device.is_measured:
+        return f"{device.name}: {rates[0]:.3g} TFLOP/s and {rates[1]:.3g} TB/s were measured"
+    return (
+        f"{device.name}: {rates[0]:g} TFLOP/s of which {device.prefill_share:.0%} are reached, "
+        f"{rates[1]:g} TB/s of which {device.decode_share:.0%}"
+    )

@@ -120,7 +120,7 @@ class RunFolder:
         self.path = path
         with files.writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            is_new = self._check(identity)
+            is_new = check_folder(path, identity)
             self._file = (path / SAMPLES).open("r+b" if (path / SAMPLES).exists() else "w+b")
         try:
             self._lock_file()
@@ -154,29 +154,61 @@ class RunFolder:
             self._file.flush()
             self.samples[sample.key] = sample
 
-    def _check(self, identity: Mapping[str, object]) -> bool:
-        """Whether `run.json` must be written."""
-        if not (self.path / RUN).exists():
-            if any(one.name != SAMPLES or one.stat().st_size for one in self.path.iterdir()):
-                raise EvalError(f"{self.path} holds something else than a run. Give a new or empty folder.")
-            return True
-        before = _flat(read_json(self.path / RUN))
-        now = _flat(json.loads(json.dumps(identity)))
-        changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
-        if changed and not _is_larger(before, now, changed):
-            told = "; ".join(f"{key} was {_say(before, key)} and is {_say(now, key)}" for key in changed[:5])
-            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise EvalError(
-                f"{self.path} holds a run with other settings: {told}{more}. Give another folder for the results, "
-                "or the same settings to go on with that run."
-            )
-        return bool(changed)
-
     def _lock_file(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise EvalError(f"Another process is running in {self.path}. Wait for it to end.") from error
+
+
+def check_folder(path: Path, identity: Mapping[str, object]) -> bool:
+    """Whether `run.json` must be written. Changes nothing, so that it can be asked before a model is loaded.
+
+    identity: as for `RunFolder`; where its "model" is empty, no model is compared.
+    Raises EvalError and ExportError where `RunFolder` would.
+    """
+    with files.writing(path):
+        if not path.exists() and not path.is_symlink():
+            return True
+        if not (path / RUN).exists():
+            if any(one.name != SAMPLES or one.stat().st_size for one in path.iterdir()):
+                raise EvalError(f"{path} holds something else than a run. Give a new or empty folder.")
+            return True
+    before = _flat(read_json(path / RUN))
+    now = _flat(json.loads(json.dumps(identity)))
+    if not identity.get("model"):
+        before = {key: value for key, value in before.items() if not key.startswith("model.")}
+    changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
+    if changed and not _is_larger(before, now, changed):
+        told = "; ".join(f"{key} was {_say(before, key)} and is {_say(now, key)}" for key in changed[:5])
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise EvalError(
+            f"{path} holds a run with other settings: {told}{more}. Give another folder for the results, "
+            "or the same settings to go on with that run."
+        )
+    return bool(changed)
+
+
+def chosen_samples(
+    samples: Mapping[str, Sample], *, task: str | None = None, is_wrong: bool = False, is_error: bool = False
+) -> list[Sample]:
+    """Samples of one task, or of one TASK.SUBSET; only those that are not right, or only those without a verdict.
+
+    Raises EvalError for a task that none of them belongs to.
+    """
+    known = {name for one in samples.values() for name in (one.task, f"{one.task}.{one.subset}")}
+    if task is not None and task not in known:
+        tasks = sorted({one.task for one in samples.values()})
+        raise EvalError(
+            f"No sample belongs to the task {task!r}. Tasks with samples: {', '.join(tasks) or 'none'}."
+        )
+    return [
+        one
+        for one in samples.values()
+        if task in (None, one.task, f"{one.task}.{one.subset}")
+        and (not is_error or one.error)
+        and (not is_wrong or one.error or one.score < 1)
+    ]
 
 
 def _is_larger(before: Mapping[str, object], now: Mapping[str, object], changed: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ way: there one program deals, and does not wait for the slowest.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,9 +55,14 @@ class Shard:
         """The name of its folder."""
         return f"{self.number}-of-{self.count}"
 
+    def folder(self, run: Path) -> Path:
+        """Where its share of a run lies."""
+        return run / SHARDS / self.name
+
     def share(self, parts: Sequence[Part]) -> list[Part]:
-        """Its questions: of all tasks, every `count`-th block."""
-        place = 0
+        """Its questions: of all tasks, every `count`-th block. Blocks of few questions are smaller."""
+        total = sum(len(items) for part in parts for items in part.subsets.values())
+        block, place = max(1, min(_BLOCK, math.ceil(total / self.count))), 0
         shares: list[Part] = []
         for part in parts:
             subsets: dict[str, Sequence[Item]] = {}
@@ -66,7 +72,7 @@ class Shard:
                 subsets[name] = [
                     item
                     for n, item in zip(places, items, strict=True)
-                    if n // _BLOCK % self.count == self.number - 1
+                    if n // block % self.count == self.number - 1
                 ]
             shares.append(replace(part, subsets=subsets))
         return shares
@@ -85,7 +91,7 @@ def evaluate_shard(
 
     The results are those of the share; `merge` makes those of the run.
     """
-    return evaluate(model, shard.share(parts), folder / SHARDS / shard.name, settings, run=run)
+    return evaluate(model, shard.share(parts), shard.folder(folder), settings, run=run)
 
 
 def merge(folder: Path, data: DataFolder) -> Results:

@@ -86,6 +86,7 @@ class Library:
     attend: Callable[..., int]
     write: Callable[..., None]
     decode: Callable[..., int]
+    sample: Callable[..., int]
     read: Callable[[int, int, int], int]
     set_level: Callable[[int], int]
     level: Callable[[], int]
@@ -136,6 +137,7 @@ def _open(path: Path) -> Library:
         "attend": (i32, (pointer, i64, *rows, pointer, pointer, i32, i64, f32, i32)),
         "write": (None, (pointer, i64, pointer, i64, pointer, pointer, i32, i64, i64, i64, i64, i32)),
         "decode": (i32, (pointer, pointer, *rows, pointer, pointer, pointer, pointer, pointer, i64, i32)),
+        "sample": (i32, (pointer, i64, i64, pointer, i64, pointer, pointer, i32)),
         "read": (ctypes.c_uint64, (pointer, i64, i32)),
         "set_level": (i32, (i32,)),
         "level": (i32, ()),

@@ -163,3 +163,50 @@ def test_the_page_uses_flags_that_exist(sample, tmp_path, capsys):
         assert internlm2("eval", *given) == 2
         told = capsys.readouterr().err
         assert any(one in told for one in ("is not in", "There is no runs/", "put its tokenizer.model")), told
+
+
+def test_a_folder_that_cannot_be_gone_on_with_is_refused_before_a_model_is_loaded(
+    folder, sample, tmp_path, capsys
+):
+    def refused(output: Path, *words: object) -> str:
+        flags = ["--tasks", "gsm8k", "--limit", 1, "--data", sample.path, *words]
+        before = {path: path.read_bytes() for path in output.rglob("*.*")}
+        assert internlm2("eval", "run", tmp_path / "no-model", *flags, "--output", output) == 2
+        assert {path: path.read_bytes() for path in output.rglob("*.*")} == before
+        return capsys.readouterr().err
+
+    capsys.readouterr()
+    assert 'settings.profile was "fixed" and is "card-2024-02"' in refused(folder)
+    (tmp_path / "file").write_text("")
+    assert "is a file where a folder is needed" in refused(tmp_path / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert "holds something else than a run" in refused(tmp_path / "full")
+    shard = tmp_path / "split" / "shards" / "1-of-2"
+    shard.mkdir(parents=True)
+    (shard / "thesis.tex").write_text("")
+    assert "1-of-2 holds something else than a run" in refused(tmp_path / "split", "--shard", "1/2")
+    assert "No model at" in refused(tmp_path / "new"), "a good folder is no reason"
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_would_be_ignored_is_refused(folder, sample, tmp_path, capsys):
+    words = [
+        "--tasks",
+        "gsm8k",
+        "--data",
+        sample.path,
+        "--output",
+        tmp_path / "run",
+        "--api-key-env",
+        "MY_KEY",
+    ]
+    assert internlm2("eval", "run", tmp_path / "no-model", *words) == 2
+    assert "no endpoint is given. Give --endpoint" in capsys.readouterr().err
+    assert internlm2("eval", "show", folder, "--limit", 0) == 2
+    assert "limit is 0, but must be at least 1" in capsys.readouterr().err
+    assert internlm2("eval", "show", folder, "--task", "gsm8k") == 2
+    assert "'gsm8k'. Tasks with samples: bbh, mmlu." in capsys.readouterr().err
+    assert internlm2("eval", "plot", folder, "--curve", "--out", tmp_path / "scores.png") == 2
+    assert "--curve is for needle tests" in capsys.readouterr().err
+    assert not (tmp_path / "scores.png").exists()

@@ -77,6 +77,9 @@ def test_a_program_passes_only_when_it_ends_well_and_in_time():
     assert run_in_sandbox("def sum(a, b): return a + b", 5.0, tests=tests, entry_points=["sum"])
     assert not run_in_sandbox("def sum(a, b): return a - b", 5.0, tests=tests, entry_points=["sum"])
     assert not run_in_sandbox("while True: pass", 0.5, tests="")
+    waiting = "import time\ntime.sleep(2)"
+    assert run_in_sandbox(waiting, 1.0, tests=""), "a busy machine is no fault of a program"
+    assert not run_in_sandbox(waiting.replace("2", "1000"), 1.0, tests="")
     assert not run_in_sandbox("import sys; sys.exit(0)", 5.0, tests="assert True")
 
 

@@ -19,6 +19,7 @@ from internlm2.engine.sampling import filters
 from internlm2.engine.sampling.params import SamplingParams
 from internlm2.engine.sampling.penalties import Broken, Constraint, Penalties, RowChanges, apply
 from internlm2.errors import RequestError
+from internlm2.kernels import sampling as kernel
 
 __all__ = [
     "Constraint",
@@ -192,6 +193,31 @@ def _choose(
     logits: torch.Tensor, rows: Sequence[int], pairs: Sequence[tuple[SamplingState, int]]
 ) -> list[int | None]:
     """Tokens of some rows of logits (R, V); None where the largest logit is not finite. pairs: of all R rows."""
+    if not rows:
+        return []
+    if not kernel.is_available(logits):
+        return _choose_by_torch(logits, rows, pairs)
+    fast = [row for row in rows if pairs[row][0].params.typical_p >= 1]
+    slow = [row for row in rows if pairs[row][0].params.typical_p < 1]
+    found = dict(zip(fast, kernel.choose(logits, fast, [_wanted(*pairs[row]) for row in fast]), strict=True))
+    found.update(zip(slow, _choose_by_torch(logits, slow, pairs), strict=True))
+    return [found[row] for row in rows]
+
+
+def _wanted(state: SamplingState, index: int) -> bytes:
+    params = state.params
+    return kernel.wanted(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        uniform=uniform(state.seed, index) if params.temperature > 0 else 0.0,
+    )
+
+
+def _choose_by_torch(
+    logits: torch.Tensor, rows: Sequence[int], pairs: Sequence[tuple[SamplingState, int]]
+) -> list[int | None]:
     if not rows:
         return []
     logits = filters.select_rows(logits, rows)

@@ -18,11 +18,13 @@ class DataError(InternLM2Error):
 class DataFolder:
     """Reads benchmark files and remembers their sha256, which belongs to every score.
 
-    path: the folder that holds `mmlu/`, `AGIEval/` and so on. Files are read anew at every call.
+    path: the folder that holds `mmlu/`, `AGIEval/` and so on; is_own: files of the user's own instead. Files are read
+    anew at every call.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, is_own: bool = False) -> None:
         self.path = Path(path)
+        self._is_own = is_own
         self.sha256: dict[str, str] = {}
 
     def bytes(self, name: str) -> bytes:
@@ -30,6 +32,8 @@ class DataFolder:
         try:
             content = (self.path / name).read_bytes()
         except FileNotFoundError:
+            if self._is_own:
+                raise DataError(f"There is no file {self.path / name}. Check its name.") from None
             raise DataError(
                 f"{name} is not in {self._where}. "
                 f"`internlm2 eval data --data {self.path}` says what is missing and where to get it."
@@ -82,6 +86,8 @@ class DataFolder:
 
     def damaged(self, name: str, what: str) -> DataError:
         """The error for a file whose content is not what it should be."""
+        if self._is_own:
+            return DataError(f"{self.path / name} cannot be read: {what}. Mend it, or leave it out.")
         return DataError(f"{self.path / name} is damaged: {what}. Get it again (see `internlm2 eval data`).")
 
     def _parse(self, name: str, text: str, *, line: int | None) -> object:

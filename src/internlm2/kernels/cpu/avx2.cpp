@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "attention_block.h"
+#include "sampling_rows.h"
 
 namespace {
 
@@ -162,3 +163,5 @@ const Kernels avx2_kernels = {round_row,
                               rotate_head,
                               store_head,
                               load_floats};
+
+const SamplingKernels avx2_sampling = {largest_logit, weigh_blocks, gather_ids};

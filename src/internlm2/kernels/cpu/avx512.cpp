@@ -7,6 +7,7 @@
 #include "attention_avx512.h"
 #include "attention_block.h"
 #include "rounding_avx512.h"
+#include "sampling_rows.h"
 
 namespace {
 
@@ -213,3 +214,5 @@ void attend_range(const Queries& queries, const Places& places, int64_t begin, i
 
 const Kernels avx512_kernels = {round_row_512, tile,   store_block, read,        pack_queries, attend_range,
                                 merge,     finish, norm_row,    rotate_head, store_head,   load_floats};
+
+const SamplingKernels avx512_sampling = {largest_logit, weigh_blocks, gather_ids};

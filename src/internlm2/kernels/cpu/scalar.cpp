@@ -1,5 +1,6 @@
 // Plain C++ for every other processor, and the reference that the vector levels are read against.
 #include "attention_block.h"
+#include "sampling_rows.h"
 
 namespace {
 
@@ -83,3 +84,5 @@ extern const Kernels scalar_kernels = {round_row,
                                        rotate_head,
                                        store_head,
                                        load_floats};
+
+extern const SamplingKernels scalar_sampling = {largest_logit, weigh_blocks, gather_ids};
