@@ -28,7 +28,7 @@ from internlm2.kernels import PackedWeight
 from internlm2.log import progress
 from internlm2.model.heads import CausalLM, Model, RopeMode, build_model
 from internlm2.model.layers import DecoderLayer
-from internlm2.quant.linear import PackedFeedForward, PackedLinear
+from internlm2.quant.linear import PackedFeedForward, PackedLinear, format_of_head
 from internlm2.quant.weight import (
     FORMATS,
     Rounded,
@@ -120,8 +120,8 @@ class Packer:
         if quantization is None and self._files is None:
             raise RequestError(f"{checkpoint.path} is not quantised. Say how: quantization='int8' or 'int4'.")
         self._format = None if quantization is None else parse_format(quantization)
-        is_int8_head = self._format is None or self._format.kind == "int4"
-        self._head_format = FORMATS["int8"] if is_int8_head or self._format is None else self._format
+        kind = "int4" if self._files is not None and all(s.bits == 4 for s in self._files.schemes) else "int8"
+        self._head_format = format_of_head(self._format or FORMATS[kind])
         self._cached: CachedWeights | None = None
         self._writer: CacheWriter | None = None
         self._arena: Arena | None = None
