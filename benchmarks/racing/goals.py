@@ -94,11 +94,11 @@ class Findings:
         return self.samples.spread(spec.shape, cell.name, spec.name, lambda s: s.speed * operations / rate(s))
 
     def best(self, shape: str, cell: Cell, *, ours: bool, among: tuple[str, ...] = ()) -> EngineSpec | None:
-        """The engine with the highest median speed for the machine's rate of its heat. among: of these peers only."""
+        """The engine with the highest median speed. among: of these peers only."""
         found = {}
         for spec in ENGINES:
             if spec.shape == shape and spec.is_ours == ours and (not among or spec.peer in among):
-                spread = self.samples.spread(shape, cell.name, spec.name, _for_the_machine)
+                spread = self.samples.spread(shape, cell.name, spec.name, _speed)
                 if spread is not None:
                     found[spread.median] = spec
         return found[max(found)] if found else None
@@ -111,8 +111,7 @@ class Findings:
         peer = self.best(shape, cell, ours=False, among=among)
         if own is None or peer is None:
             return Goal(text, wanted, None)
-        value = _for_the_machine if cell.kind == "prefill" else _speed
-        found = self.samples.ratio(shape, cell.name, own.name, peer.name, value)
+        found = self.samples.ratio(shape, cell.name, own.name, peer.name, _speed)
         return Goal(f"{text} ({own.name} / {peer.name})", wanted, found)
 
 
@@ -186,8 +185,3 @@ def _quality_goals(quality: Quality | None) -> list[Goal]:
 
 def _speed(sample: Sample) -> float:
     return sample.speed
-
-
-def _for_the_machine(sample: Sample) -> float:
-    """Speed in units of the machine's: of its int8 instructions for prompts, else plain."""
-    return sample.speed / sample.int8 if sample.int8 and sample.cell.startswith("prefill") else sample.speed

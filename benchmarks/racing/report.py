@@ -78,6 +78,12 @@ def body(found: Findings, notes: Notes) -> str:
         "![the race](race.svg)\n\n## Goals\n\n"
     )
     text += "".join(goal.line() + "\n" for goal in goals(found))
+    text += (
+        "\nNo engine decodes one stream faster than the memory gives it the weights: the ratio in brackets is what one "
+        "would reach that read our bytes at the full streaming-read rate, so where it lies below the wanted one, no "
+        "program could reach that here. What limits several streams and prompts (instructions, not memory), and what "
+        "was tried without gain, is in docs/kernels.md and docs/roadmap.md.\n"
+    )
     for heat in HEATS:
         for cell, names in heat.cells:
             text += table(found, heat.shape, cell, names, heat=heat.name)

@@ -58,14 +58,6 @@ def test_goals_against_peers_take_the_best_peer():
     assert goal.verdict == "reached"
 
 
-def test_prompts_are_compared_by_the_rate_of_the_machine_in_each_heat():
-    cells = {"cell": "prefill 512", "tokens": 512}
-    slow_machine = sample("internlm2 int4", 0, 1, seconds=4.0, int8=450e9, **cells)
-    fast_machine = sample("CTranslate2 int8", 0, 1, seconds=4.0, int8=900e9, **cells)
-    goal = one_goal(findings([slow_machine, fast_machine]), "prefill 512: times")
-    assert goal.found.median == pytest.approx(2)
-
-
 def test_demo_goal_looks_at_llama_cpp_and_transformers_only():
     made = [
         sample(engine, 0, speed, shape="demo", cell="text")
