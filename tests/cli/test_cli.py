@@ -208,6 +208,10 @@ class TestGenerate:
         assert "Traceback" not in done.stderr
 
 
+# Drawn tokens may end an answer before it is interrupted; the best ones of this model go on for thousands.
+ENDLESS = ("--temperature", "0", "--max-tokens", "100000", "--max-model-len", "200000")
+
+
 class TestChat:
     def test_piped_lines_are_turns_and_commands(self, chat_folder, tmp_path):
         script = f"Hello\n/system Be brief.\nAgain\n/save {tmp_path / 'talk.json'}\n/nonsense\n/help\n/quit\nnever read\n"
@@ -246,7 +250,7 @@ class TestChat:
     def test_ctrl_c_stops_the_answer_and_not_the_program(self, chat_folder):
         terminal, child = pty.openpty()
         process = subprocess.Popen(
-            [*COMMAND, "chat", str(chat_folder), "--max-tokens", "100000", "--max-model-len", "200000"],
+            [*COMMAND, "chat", str(chat_folder), *ENDLESS],
             stdin=child, stdout=child, stderr=child, start_new_session=True, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
         os.close(child)
@@ -271,7 +275,7 @@ class TestChat:
 
     def test_ctrl_c_in_generate_is_exit_code_130(self, chat_folder):
         process = subprocess.Popen(
-            [*COMMAND, "generate", str(chat_folder), "Hello", "--max-tokens", "100000", "--max-model-len", "200000"],
+            [*COMMAND, "generate", str(chat_folder), "Hello", *ENDLESS],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout is not None
