@@ -16,7 +16,7 @@ Panel = tuple[str, list[tuple[str, bool, Spread]]]  # title; engine, whether it 
 
 
 def panels(samples: Samples) -> list[Panel]:
-    """What is drawn: cells of a shape with at least two engines; heats of one cell share a panel."""
+    """What is drawn: cells of a shape with one of ours and a peer; heats of one cell share a panel."""
     merged: dict[tuple[str, Cell], list[str]] = {}
     for heat in HEATS:
         for cell, names in heat.cells:
@@ -29,7 +29,7 @@ def panels(samples: Samples) -> list[Panel]:
             speed = samples.spread(shape, cell.name, name, lambda s: s.speed)
             if speed is not None:
                 bars.append((name, find(shape, name).peer == OURS, speed))
-        if len(bars) > 1:
+        if {is_ours for _, is_ours, _ in bars} == {True, False}:
             found.append((f"{shape}: {cell.name}", sorted(bars, key=lambda bar: bar[2].median)))
     return found
 

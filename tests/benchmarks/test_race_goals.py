@@ -159,8 +159,9 @@ def test_notes_keep_the_fastest_start(tmp_path):
 def test_picture_has_a_bar_for_every_engine_and_ours_in_colour(tmp_path):
     speeds = {"internlm2 int4": 20, "llama.cpp Q4_0": 10, "OpenVINO int4": 15}
     made = [sample(name, 0, speed) for name, speed in speeds.items()]
-    samples = Samples([*made, sample("internlm2 int4", 0, 5, cell="8 streams")])
-    (panel,) = panels(samples)  # a cell with one engine shows nothing
+    alone = [sample(f"internlm2 {kind}", 0, 5, cell="8 streams") for kind in ("int4", "int4-symmetric")]
+    samples = Samples([*made, *alone])
+    (panel,) = panels(samples)  # a cell without a peer shows nothing
     assert panel[0] == "1.8b: decode"
     assert [bar[:2] for bar in panel[1]] == [
         ("llama.cpp Q4_0", False),
