@@ -25,8 +25,9 @@ from internlm2.quant.gpu import (
     join,
     parse_gpu_kind,
 )
+from internlm2.quant.weight import FORMATS
 
-_BITS = {"int8": 8.5, "int4": 4.75, "fp8": 8.0}
+_BITS = {"int8": FORMATS["int8"].bits, "int4": FORMATS["int4"].bits, "fp8": 8.0}
 
 
 def load_gpu_checkpoint(
